@@ -1,0 +1,1 @@
+"""Prompts, labels, chat templates and batches."""
