@@ -1,0 +1,139 @@
+"""The linear layer being calibrated, and how it enters and leaves Hugging Face's blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from qrealign_kernels import fake_quant_per_token, fake_quant_weight, quantize_weight
+from torch import Tensor, nn
+
+from qrealign.config import QuantScheme
+from qrealign.quant.clipping import LearnableWeightClipping
+from qrealign.quant.edits import LowRankEdit
+from qrealign.quant.packed import QuantizedLinear
+
+
+class FakeQuantLinear(nn.Module):
+    """A linear layer whose weight and input pass through the quantization grid, straight-through in the backward.
+
+    The weight of the forward pass is `grid(weight * column_scale / row_divisor + edit)`. Everything learned is optional:
+    `clipping` and `edit` are submodules; the three vectors of an equivalent transform are live tensors that
+    `quant.transform` sets while it trains (`column_scale` `[K]`, `row_divisor` `[N]`, `input_divisor` `[K]`).
+
+    With `quantize` False the layer computes what the original linear computes, bit for bit.
+    """
+
+    def __init__(self, linear: nn.Linear, scheme: QuantScheme, scale_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.out_features, self.in_features = linear.weight.shape
+        self.scheme = scheme
+        self.scale_dtype = scale_dtype
+        self.quantize = True
+        self.clipping: LearnableWeightClipping | None = None
+        self.edit: LowRankEdit | None = None
+        self.column_scale: Tensor | None = None
+        self.row_divisor: Tensor | None = None
+        self.input_divisor: Tensor | None = None
+
+    def float_weight(self) -> Tensor:
+        """Return the weight before the grid, `[N, K]` float32, transform and edit included."""
+        weight = self.weight.float()
+        if self.column_scale is not None:
+            weight = weight * self.column_scale
+        if self.row_divisor is not None:
+            weight = weight / self.row_divisor[:, None]
+        if self.edit is not None:
+            weight = weight + self.edit.delta()
+        return weight
+
+    def float_bias(self) -> Tensor | None:
+        """Return the bias with the transform's row divisor applied."""
+        if self.bias is None or self.row_divisor is None:
+            return self.bias
+        return self.bias / self.row_divisor
+
+    def _grid_arguments(self) -> dict[str, object]:
+        low, high = self.clipping.logits() if self.clipping is not None else (None, None)
+        args = self.scheme.weights
+        return {
+            "low_logit": low,
+            "high_logit": high,
+            "num_bits": args.num_bits,
+            "group_size": args.group_size,
+            "symmetric": args.symmetric,
+            "scale_dtype": self.scale_dtype,
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.input_divisor is not None:
+            x = x / self.input_divisor.to(x.dtype)
+        weight = self.float_weight()
+        if self.quantize:
+            weight = fake_quant_weight(weight, **self._grid_arguments())
+            if self.scheme.activations is not None:
+                x = fake_quant_per_token(x, num_bits=self.scheme.activations.num_bits)
+        bias = self.float_bias()
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @torch.no_grad()
+    def freeze(self) -> QuantizedLinear:
+        """Return the frozen layer with exactly the codes that the forward pass uses."""
+        codes, scale, zero_point = quantize_weight(self.float_weight(), **self._grid_arguments())
+        bias = self.float_bias()
+        bias = None if bias is None else bias.detach().to(self.scale_dtype).to(bias.dtype)
+        return QuantizedLinear(codes, scale, zero_point, bias, self.scheme)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}"
+
+
+def replace_modules(root: nn.Module, old: type[nn.Module], build, skip: Sequence[str] = ()) -> dict[str, nn.Module]:
+    """Replace every submodule of type `old` by `build(module)`; return the new ones by name. `skip` holds name endings."""
+    names = [
+        name
+        for name, module in root.named_modules()
+        if isinstance(module, old) and not f".{name}".endswith(tuple(skip))
+    ]
+    replaced = {}
+    for name in names:
+        parent_name, _, child = name.rpartition(".")
+        parent = root.get_submodule(parent_name)
+        replaced[name] = build(getattr(parent, child))
+        setattr(parent, child, replaced[name])
+    return replaced
+
+
+def swap_linears(
+    block: nn.Module, scheme: QuantScheme, *, scale_dtype: torch.dtype, skip: Sequence[str] = ()
+) -> dict[str, FakeQuantLinear]:
+    """Replace every `nn.Linear` of `block`, except those whose name ends in one of `skip`, by a `FakeQuantLinear`.
+
+    `scale_dtype` is the dtype that the checkpoint stores scales in; codes are computed from scales rounded to it.
+    """
+    return replace_modules(block, nn.Linear, lambda linear: FakeQuantLinear(linear, scheme, scale_dtype), skip)  # type: ignore[return-value]
+
+
+def fake_quant_linears(block: nn.Module) -> dict[str, FakeQuantLinear]:
+    """Return the fake-quantized linears of `block` by name, in module order."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, FakeQuantLinear)}
+
+
+def quantized_linears(block: nn.Module) -> dict[str, QuantizedLinear]:
+    """Return the frozen linears of `block` by name, in module order."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def freeze_linears(block: nn.Module) -> dict[str, QuantizedLinear]:
+    """Replace every `FakeQuantLinear` of `block` by its frozen form; return them by name."""
+    return replace_modules(block, FakeQuantLinear, lambda layer: layer.freeze())  # type: ignore[return-value]
+
+
+def set_quantize(modules: Iterable[nn.Module], enabled: bool) -> None:
+    """Switch the grids of every `FakeQuantLinear` below `modules` on or off."""
+    for module in modules:
+        for layer in fake_quant_linears(module).values():
+            layer.quantize = enabled
