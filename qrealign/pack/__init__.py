@@ -1,0 +1,1 @@
+"""Codes into a checkpoint that servers load, the proof that it holds them, and which servers take it."""
