@@ -1,0 +1,63 @@
+# Every target sets up .venv by itself, once: it is set up again only when what it was made from changes.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell sed -n 's/^\(torch==[^;]*\).*/\1/p' constraints.txt)
+# Without an NVIDIA driver, torch's CPU build is enough and gigabytes smaller. Where that index is out of reach, pip goes on
+# with the ones it knows.
+TORCH_INDEX := $(if $(shell command -v nvidia-smi 2>/dev/null),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 20)
+INSTALLED_FROM := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp)
+OUTPUT ?= out/demo
+COVERAGE_FLOOR := 90
+ARGS ?=
+
+.PHONY: help run test install install-dev lint format typecheck demo-models clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
+
+run: $(VENV)/.installed ## realign the shipped demo model into out/demo and print the proof (ARGS adds flags)
+	$(BIN)/python -m qrealign.run --output $(OUTPUT) $(ARGS)
+
+test: $(VENV)/.installed-dev ## run all tests, fail below 90 % coverage (ARGS adds pytest flags)
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term --cov-fail-under=$(COVERAGE_FLOOR) $(ARGS)
+
+install: $(VENV)/.installed ## set up .venv with what qrealign needs
+install-dev: $(VENV)/.installed-dev ## ... and what its tests and checks need
+
+lint: $(VENV)/.installed-dev ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev ## apply style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(VENV)/.installed-dev ## check types
+	$(BIN)/mypy
+
+demo-models: $(VENV)/.installed ## rebuild the shipped demo models from nothing
+	$(BIN)/python -m qrealign.demo.build $(ARGS)
+
+clean: ## remove what was built, but no results
+	rm -rf $(VENV) build dist *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* htmlcov
+	rm -f kernels/qrealign_kernels/_C.*.so kernels/qrealign_kernels/_build_note.txt
+	find qrealign kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.10 or newer, or set PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is older than 3.10: set PYTHON=..." >&2; exit 1; }
+	@echo "Setting up $(VENV): once, a few minutes."
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) has no venv: on Debian and Ubuntu, install python3-venv" >&2; exit 1; }
+
+$(VENV)/.installed: $(INSTALLED_FROM) | $(BIN)/python
+	$(PIP) install --no-deps $(TORCH_INDEX) $(TORCH)
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(INSTALLED_FROM) | $(BIN)/python
+	$(PIP) install --no-deps $(TORCH_INDEX) $(TORCH)
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,95 @@
+// The Python module qrealign_kernels._C: addresses and sizes in, nothing out. cpu.py checks tensors before it calls.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "common.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// `grid` is `[7, rows]` float32 in the order of WeightGrid; the last row of a symmetric grid is left as it is.
+qrealign::Grid grid_at(uintptr_t address, int64_t rows, bool symmetric) {
+  float* base = pointer<float>(address);
+  return {base,
+          base + rows,
+          base + 2 * rows,
+          base + 3 * rows,
+          base + 4 * rows,
+          base + 5 * rows,
+          symmetric ? nullptr : base + 6 * rows};
+}
+
+qrealign::CodeRange code_range(int num_bits) {
+  return {-static_cast<float>(1 << (num_bits - 1)), static_cast<float>((1 << (num_bits - 1)) - 1)};
+}
+
+void fake_quant_weight(uintptr_t rows, uintptr_t low_share, uintptr_t high_share, uintptr_t fake, uintptr_t grid,
+                       int64_t row_count, int64_t columns, int num_bits, bool symmetric, int scale_kind, int threads) {
+  qrealign::fake_quant_weight(pointer<const float>(rows), pointer<const float>(low_share), pointer<const float>(high_share),
+                              pointer<float>(fake), grid_at(grid, row_count, symmetric), row_count, columns,
+                              code_range(num_bits), static_cast<qrealign::ScaleKind>(scale_kind), threads);
+}
+
+void weight_gradient_sums(uintptr_t grad, uintptr_t rows, uintptr_t grid, uintptr_t sums, int64_t row_count, int64_t columns,
+                          int num_bits, bool symmetric, int threads) {
+  float* out = pointer<float>(sums);
+  qrealign::weight_gradient_sums(pointer<const float>(grad), pointer<const float>(rows), grid_at(grid, row_count, symmetric),
+                                 out, out + row_count, out + 2 * row_count, row_count, columns, code_range(num_bits), threads);
+}
+
+void weight_gradient_rows(uintptr_t grad, uintptr_t rows, uintptr_t grid, uintptr_t at_minimum, uintptr_t at_maximum,
+                          uintptr_t result, int64_t row_count, int64_t columns, int threads) {
+  qrealign::weight_gradient_rows(pointer<const float>(grad), pointer<const float>(rows), grid_at(grid, row_count, true),
+                                 pointer<const float>(at_minimum), pointer<const float>(at_maximum), pointer<float>(result),
+                                 row_count, columns, threads);
+}
+
+void fake_quant_per_token(uintptr_t x, uintptr_t fake, int64_t row_count, int64_t columns, int num_bits, int threads) {
+  qrealign::fake_quant_per_token(pointer<const float>(x), pointer<float>(fake), row_count, columns, code_range(num_bits),
+                                 threads);
+}
+
+void quantize_per_token(uintptr_t x, uintptr_t codes, uintptr_t scale, int64_t row_count, int64_t columns, int num_bits,
+                        int threads) {
+  qrealign::quantize_per_token(pointer<const float>(x), pointer<int8_t>(codes), pointer<float>(scale), row_count, columns,
+                               code_range(num_bits), threads);
+}
+
+void pack_codes(uintptr_t codes, uintptr_t packed, int64_t row_count, int64_t columns, int num_bits, int threads) {
+  qrealign::pack_codes(pointer<const int8_t>(codes), pointer<int32_t>(packed), row_count, columns, num_bits, threads);
+}
+
+void unpack_codes(uintptr_t packed, uintptr_t codes, int64_t row_count, int64_t columns, int num_bits, int threads) {
+  qrealign::unpack_codes(pointer<const int32_t>(packed), pointer<int8_t>(codes), row_count, columns, num_bits, threads);
+}
+
+std::string isa() {
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f")) return "avx512f";
+  if (__builtin_cpu_supports("avx2")) return "avx2";
+#endif
+  return "baseline";
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  module.doc() = "Quantization ops for the CPU; arguments are addresses and sizes.";
+  module.def("isa", &isa);
+  module.def("fake_quant_weight", &fake_quant_weight, release());
+  module.def("weight_gradient_sums", &weight_gradient_sums, release());
+  module.def("weight_gradient_rows", &weight_gradient_rows, release());
+  module.def("fake_quant_per_token", &fake_quant_per_token, release());
+  module.def("quantize_per_token", &quantize_per_token, release());
+  module.def("pack_codes", &pack_codes, release());
+  module.def("unpack_codes", &unpack_codes, release());
+}

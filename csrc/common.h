@@ -1,0 +1,104 @@
+// Shared by the native ops: row-parallel loops, argument structs, and the choice of an instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+// One body, compiled for several instruction sets; the loader picks one. No fused multiply-add is ever contracted
+// (-ffp-contract=off), so every clone gives the same bits.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
+#define QREALIGN_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define QREALIGN_CLONES
+#endif
+#define QREALIGN_INLINE inline __attribute__((always_inline))
+
+namespace qrealign {
+
+// How the storage dtype rounds a scale.
+enum class ScaleKind : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+struct CodeRange {
+  float qmin;
+  float qmax;
+};
+
+// The grid of each row, as WeightGrid in reference.py; zero_point is null for symmetric grids.
+struct Grid {
+  float* minimum;
+  float* maximum;
+  float* low;
+  float* high;
+  float* raw_scale;
+  float* scale;
+  float* zero_point;
+};
+
+constexpr float kMinScale = 5.9604644775390625e-08f;              // 2**-24
+constexpr float kZeroScaleReplacement = 1.1920928955078125e-07f;  // float32 epsilon
+
+// Sixteen partial results of a row's reduction: the same ones on every instruction set, so sums have the same bits.
+constexpr int kLanes = 16;
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+
+QREALIGN_INLINE Lanes load_lanes(const float* p) {
+  Lanes lanes;
+  std::memcpy(&lanes, p, sizeof lanes);
+  return lanes;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls body(begin, end) on ranges of [0, count). A thread is worth its start for at least 1 << 17 elements.
+template <typename Body>
+void parallel_for(int64_t count, int64_t elements_per_item, int threads, const Body& body) {
+  const int64_t useful = std::max<int64_t>(1, count * elements_per_item >> 17);
+  const int64_t workers = std::min<int64_t>({useful, count, static_cast<int64_t>(std::max(threads, 1))});
+  if (workers <= 1) {
+    body(0, count);
+    return;
+  }
+  const int64_t chunk = ceil_div(count, workers);
+  std::vector<std::thread> pool;
+  pool.reserve(workers - 1);
+  for (int64_t begin = chunk; begin < count; begin += chunk) {
+    pool.emplace_back([&body, begin, end = std::min(begin + chunk, count)] { body(begin, end); });
+  }
+  body(0, std::min(chunk, count));
+  for (auto& worker : pool) worker.join();
+}
+
+// Rounds to the nearest integer, ties to even, for |x| < 2**22: adding 1.5 * 2**23 leaves no bits for a fraction.
+template <typename T>
+QREALIGN_INLINE T round_half_even(T x) {
+  return (x + 12582912.0f) - 12582912.0f;
+}
+
+// Sets x to the nearer end where it lies outside [low, high]; NaN stays.
+template <typename T, typename Bound>
+QREALIGN_INLINE T clip(T x, Bound low, Bound high) {
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+
+// fake_quant_weight.cpp
+void fake_quant_weight(const float* rows, const float* low_share, const float* high_share, float* fake, const Grid& grid,
+                       int64_t row_count, int64_t columns, CodeRange range, ScaleKind kind, int threads);
+void weight_gradient_sums(const float* grad, const float* rows, const Grid& grid, float* below, float* above, float* scale,
+                          int64_t row_count, int64_t columns, CodeRange range, int threads);
+void weight_gradient_rows(const float* grad, const float* rows, const Grid& grid, const float* at_minimum,
+                          const float* at_maximum, float* result, int64_t row_count, int64_t columns, int threads);
+
+// per_token.cpp
+void fake_quant_per_token(const float* x, float* fake, int64_t row_count, int64_t columns, CodeRange range, int threads);
+void quantize_per_token(const float* x, int8_t* codes, float* scale, int64_t row_count, int64_t columns, CodeRange range,
+                        int threads);
+
+// pack.cpp
+void pack_codes(const int8_t* codes, int32_t* packed, int64_t row_count, int64_t columns, int num_bits, int threads);
+void unpack_codes(const int32_t* packed, int8_t* codes, int64_t row_count, int64_t columns, int num_bits, int threads);
+
+}  // namespace qrealign

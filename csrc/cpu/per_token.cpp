@@ -1,0 +1,61 @@
+// Dynamic symmetric quantization of each token, in one pass over memory; bit-equal to reference.py.
+#include <cmath>
+
+#include "../common.h"
+
+namespace qrealign {
+namespace {
+
+QREALIGN_INLINE float scale_of(const float* row, int64_t columns, CodeRange range) {
+  Lanes lanes = {};
+  int64_t k = 0;
+  for (; k + kLanes <= columns; k += kLanes) {
+    const Lanes x = load_lanes(row + k);
+    const Lanes magnitude = x < 0.0f ? -x : x;
+    lanes = magnitude > lanes ? magnitude : lanes;
+  }
+  float largest = 0.0f;
+  for (int lane = 0; lane < kLanes; ++lane) largest = std::max(largest, lanes[lane]);
+  for (; k < columns; ++k) largest = std::fabs(row[k]) > largest ? std::fabs(row[k]) : largest;
+  const float scale = largest / ((range.qmax - range.qmin) / 2);
+  return scale == 0.0f ? kZeroScaleReplacement : scale;
+}
+
+QREALIGN_INLINE float code_of(float x, float scale, CodeRange range) {
+  return clip(round_half_even(x / scale), range.qmin, range.qmax);
+}
+
+QREALIGN_CLONES void fake_range(const float* x, float* fake, int64_t begin, int64_t end, int64_t columns, CodeRange range) {
+  for (int64_t r = begin; r < end; ++r) {
+    const float* row = x + r * columns;
+    float* out = fake + r * columns;
+    const float scale = scale_of(row, columns, range);
+    for (int64_t k = 0; k < columns; ++k) out[k] = code_of(row[k], scale, range) * scale;
+  }
+}
+
+QREALIGN_CLONES void codes_range(const float* x, int8_t* codes, float* scales, int64_t begin, int64_t end, int64_t columns,
+                                 CodeRange range) {
+  for (int64_t r = begin; r < end; ++r) {
+    const float* row = x + r * columns;
+    int8_t* out = codes + r * columns;
+    const float scale = scale_of(row, columns, range);
+    for (int64_t k = 0; k < columns; ++k) out[k] = static_cast<int8_t>(static_cast<int32_t>(code_of(row[k], scale, range)));
+    scales[r] = scale;
+  }
+}
+
+}  // namespace
+
+void fake_quant_per_token(const float* x, float* fake, int64_t row_count, int64_t columns, CodeRange range, int threads) {
+  parallel_for(row_count, columns, threads,
+               [&](int64_t begin, int64_t end) { fake_range(x, fake, begin, end, columns, range); });
+}
+
+void quantize_per_token(const float* x, int8_t* codes, float* scale, int64_t row_count, int64_t columns, CodeRange range,
+                        int threads) {
+  parallel_for(row_count, columns, threads,
+               [&](int64_t begin, int64_t end) { codes_range(x, codes, scale, begin, end, columns, range); });
+}
+
+}  // namespace qrealign

@@ -1,0 +1,151 @@
+"""Who may import whom: the table below is the rule, and every import of the project is checked against it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOUNDATION = {"arch", "config", "errors", "files", "records", "resources"}
+
+# A room may import itself and the rooms named; `room.module` allows that module alone.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "config": {"errors"},
+    "arch": {"config", "errors"},
+    "files": {"errors"},
+    "records": {"config", "errors"},
+    "resources": {"errors", "records"},
+    "models": FOUNDATION,
+    "data": FOUNDATION,
+    "judges": set(),
+    "quant": FOUNDATION | {"qrealign_kernels"},
+    "probes": FOUNDATION | {"data"},
+    "evaluate": FOUNDATION | {"data", "judges"},
+    "calibrate": FOUNDATION | {"data", "judges", "models", "probes.probe", "quant"},
+    "pack": FOUNDATION | {"models", "quant", "qrealign_kernels"},
+    "report": FOUNDATION,
+    "demo": FOUNDATION | {"data", "evaluate", "judges", "models", "quant"},
+    "pipeline": FOUNDATION
+    | {
+        "calibrate",
+        "data",
+        "demo",
+        "evaluate",
+        "judges",
+        "models",
+        "pack",
+        "probes",
+        "qrealign_kernels",
+        "quant",
+        "report",
+    },
+    "cli": FOUNDATION | {"calibrate.methods", "pipeline.options"},
+    "run": FOUNDATION | {"cli", "pipeline.main", "report"},
+}
+# Packages that a room never imports, not even inside a function.
+HEAVY = {"accelerate", "compressed_tensors", "datasets", "matplotlib", "peft", "sklearn", "transformers"}
+FORBIDDEN: dict[str, set[str]] = {
+    **dict.fromkeys(FOUNDATION, HEAVY),
+    "judges": HEAVY | {"numpy", "torch"},
+    "report": HEAVY | {"torch"},
+    "cli": HEAVY | {"torch"},
+}
+# Packages that one room alone imports.
+ONLY_IN = {"datasets": {"data"}, "sklearn": {"probes"}}
+
+
+def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and full name of each module that a file imports, at the top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            names = {"qrealign", "qrealign_kernels"}
+            whole = node.module in names  # `from qrealign import probes` names a room, not an attribute
+            yield from (
+                (node.lineno, f"{node.module}.{alias.name}" if whole else str(node.module)) for alias in node.names
+            )
+
+
+def room_of(path: Path) -> str:
+    """Return the room of a file of `qrealign`."""
+    return path.relative_to(ROOT / "qrealign").parts[0].removesuffix(".py")
+
+
+def rooms() -> list[str]:
+    """Return the rooms that hold code."""
+    return sorted({room_of(path) for path in (ROOT / "qrealign").rglob("*.py")} - {"__init__"})
+
+
+def may_import(room: str, module: str) -> bool:
+    """Tell whether a room may import a module, given by its full name."""
+    package, *rest = module.split(".")
+    if package == "qrealign_kernels":
+        return package in ALLOWED[room]
+    if package != "qrealign" or not rest:
+        return True
+    target = rest[0]
+    if target not in ALLOWED:
+        return True  # a name of qrealign/__init__.py itself, such as its version
+    return target == room or target in ALLOWED[room] or ".".join(rest[:2]) in ALLOWED[room]
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_room_imports_only_what_the_table_allows(room: str) -> None:
+    assert room in ALLOWED, f"add {room} to the table"
+    wrong = []
+    for path in (ROOT / "qrealign").rglob("*.py"):
+        if room_of(path) != room:
+            continue
+        for line, module in imported_modules(path):
+            package = module.split(".")[0]
+            elsewhere = package in ONLY_IN and room not in ONLY_IN[package]
+            if elsewhere or package in FORBIDDEN.get(room, set()) or not may_import(room, module):
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_table_has_no_cycle() -> None:
+    done: set[str] = set()
+    while len(done) < len(ALLOWED):
+        ready = {
+            room
+            for room, targets in ALLOWED.items()
+            if room not in done
+            and all(target.split(".")[0] in done | {room} for target in targets - {"qrealign_kernels"})
+        }
+        assert ready, f"these rooms import each other: {sorted(set(ALLOWED) - done)}"
+        done |= ready
+
+
+def test_kernels_know_nothing_of_models() -> None:
+    allowed = {"qrealign_kernels", "torch", "triton"}
+    for path in (ROOT / "kernels").rglob("*.py"):
+        third_party = {module.split(".")[0] for _, module in imported_modules(path)} & (HEAVY | {"qrealign", "numpy"})
+        assert not third_party - allowed, path
+
+
+def test_kernels_folder_is_no_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_native_code_knows_nothing_of_torch() -> None:
+    for path in (ROOT / "csrc").rglob("*.[ch]*"):
+        text = path.read_text(encoding="utf-8")
+        assert "torch/" not in text, path
+        assert path.name == "bindings.cpp" or "pybind11" not in text, path
+
+
+def test_files_stay_readable() -> None:
+    too_long = [
+        str(path.relative_to(ROOT))
+        for folder in ("qrealign", "kernels", "csrc", "tests")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".cpp", ".h") and len(path.read_text(encoding="utf-8").splitlines()) > 600
+    ]
+    assert not too_long
