@@ -1,0 +1,64 @@
+"""Work in batches that shrink when memory runs out."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from qrealign.errors import DeviceError
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def run_in_batches(
+    work: Callable[[Sequence[Item]], Result], items: Sequence[Item], batch_size: int
+) -> Iterator[tuple[Sequence[Item], Result]]:
+    """Yield each batch of `items` with what `work` makes of it, halving the batch whenever memory runs out.
+
+    Raises:
+        DeviceError: one item alone does not fit.
+    """
+    start = 0
+    while start < len(items):
+        batch = items[start : start + batch_size]
+        result = _try(work, batch)
+        if result is None:
+            if len(batch) == 1:
+                raise DeviceError(
+                    "the memory does not hold a single prompt: "
+                    "use a larger device, a shorter sequence length or a smaller model"
+                )
+            batch_size = len(batch) // 2
+            logger.warning("out of memory: going on with batches of %d", batch_size)
+            continue
+        yield batch, result[0]
+        start += len(batch)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` says that device or host memory ran out."""
+    message = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("out of memory" in message or "can't allocate memory" in message or "not enough memory" in message)
+    )
+
+
+def _try(work: Callable[[Sequence[Item]], Result], batch: Sequence[Item]) -> tuple[Result] | None:
+    """Return the result in a tuple, or None when memory ran out. The failed attempt's tensors are freed by then."""
+    try:
+        return (work(batch),)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None

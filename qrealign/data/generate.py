@@ -1,0 +1,141 @@
+"""Greedy answers to many prompts: batched by length, with a KV cache, finished rows dropped."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qrealign.data.batching import run_in_batches
+from qrealign.data.encode import ChatEncoder
+
+_DROP_SHARE = 0.25  # finished rows leave the batch when they are this share of it
+
+
+def generate_answers(
+    model: nn.Module,
+    encoder: ChatEncoder,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: str | None = None,
+) -> list[str]:
+    """Return the model's greedy answer to each prompt, in order.
+
+    Answers do not depend on the batch size: padding stands on the left, is masked, and positions count real tokens.
+    When memory runs out the batch is halved, with a warning.
+
+    Args:
+        model: a causal language model that takes a KV cache; its blocks may be streamed.
+        encoder: turns prompts into ids and ids into text.
+        prompts: as a user would type them.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: most prompts at once.
+        progress: text before the progress bar on standard error, None for no bar.
+
+    Raises:
+        DeviceError: the memory does not hold a single prompt.
+    """
+    ids = generate_ids(
+        model,
+        encoder,
+        encoder.encode_many(prompts),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [encoder.decode(answer) for answer in ids]
+
+
+def generate_ids(
+    model: nn.Module,
+    encoder: ChatEncoder,
+    sequences: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: str | None = None,
+) -> list[list[int]]:
+    """Return the greedy continuation of each sequence of ids, without the stop token. See `generate_answers`."""
+    unique = sorted({tuple(ids) for ids in sequences}, key=len, reverse=True)
+    stop_ids = find_stop_ids(model, encoder)
+    answers: dict[tuple[int, ...], list[int]] = {}
+    with tqdm(total=len(unique), desc=progress, unit="prompt", disable=progress is None, leave=False) as bar:
+
+        def answer_batch(batch: Sequence[tuple[int, ...]]) -> list[list[int]]:
+            return _continue_greedily(model, encoder, batch, max_new_tokens, stop_ids)
+
+        for batch, continued in run_in_batches(answer_batch, unique, batch_size):
+            answers.update(zip(batch, continued, strict=True))
+            bar.update(len(batch))
+    return [answers[tuple(ids)] for ids in sequences]
+
+
+def find_stop_ids(model: nn.Module, encoder: ChatEncoder) -> frozenset[int]:
+    """Return the ids that end an answer: those of the generation configuration and the tokenizer's EOS."""
+    found: set[int] = set()
+    for holder in (getattr(model, "generation_config", None), getattr(model, "config", None), encoder.tokenizer):
+        value = getattr(holder, "eos_token_id", None)
+        found.update([value] if isinstance(value, int) else value or ())
+    return frozenset(found)
+
+
+def find_device(model: nn.Module) -> torch.device:
+    """Return the device of the first weight that is loaded (streamed blocks have none while they wait)."""
+    tensors = chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), torch.device("cpu"))
+
+
+def last_logits_only(model: nn.Module) -> dict[str, int]:
+    """Return the argument that spares the head all positions but the last, where the model takes it."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+@torch.no_grad()  # inference_mode would taint weights that are loaded while streaming, and buffers that a model updates
+def _continue_greedily(
+    model: nn.Module,
+    encoder: ChatEncoder,
+    sequences: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+) -> list[list[int]]:
+    device = find_device(model)
+    batch = encoder.pad(sequences, side="left").to(device)
+    stop = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
+    mask = batch.attention_mask  # [B, T], one column longer each step
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    rows = torch.arange(len(sequences), device=device)  # which sequence each row of the shrinking batch continues
+    done = torch.zeros(len(sequences), dtype=torch.bool, device=device)
+    answers = torch.full((len(sequences), max_new_tokens), -1, dtype=torch.int64, device=device)
+    step_ids, cache, options = batch.input_ids, None, last_logits_only(model)
+    for step in range(max_new_tokens):
+        output = model(
+            input_ids=step_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        )
+        chosen = output.logits[:, -1].argmax(dim=-1)  # [B]
+        done = done | torch.isin(chosen, stop)
+        answers[rows, step] = torch.where(done, -1, chosen)
+        if step + 1 == max_new_tokens or bool(done.all()):
+            break
+        cache, step_ids, positions = output.past_key_values, chosen[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        if hasattr(cache, "batch_select_indices") and int(done.sum()) >= _DROP_SHARE * len(done):
+            kept = (~done).nonzero().squeeze(1)
+            cache.batch_select_indices(kept)
+            step_ids, positions, mask, rows, done = step_ids[kept], positions[kept], mask[kept], rows[kept], done[kept]
+    return [_until_stop(row) for row in answers.cpu()]
+
+
+def _until_stop(row: Tensor) -> list[int]:
+    """Return the ids of one answer, which -1 fills up from its stop token on."""
+    return row[row >= 0].tolist()

@@ -1,0 +1,1 @@
+"""Measures a model: answers, judged; perplexity; scores with intervals, and paired comparisons."""
