@@ -1,0 +1,109 @@
+"""The report as data, in the shape that other tools rely on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from qrealign.records import ModelScores, Score
+from qrealign.report.model import METRICS, REQUIRED_MODELS, RunReport
+from qrealign.report.verdict import verdict
+
+_FISHER_MODELS = ("aligned", "finetuned", "realigned")
+
+
+def build_json(report: RunReport) -> dict[str, Any]:
+    """Return the report as a dictionary that is valid JSON: absent and non-finite values become null.
+
+    The four models, the metrics and the three Fisher ratios are always keys, so that readers need no special cases.
+    """
+    passed, reasons = verdict(report)
+    names = [name for name in ("base",) if name in report.models] + list(REQUIRED_MODELS)
+    return _finite(
+        {
+            "name": report.name,
+            "created": report.created,
+            "scheme": report.scheme,
+            "method": report.method,
+            "engine": report.engine,
+            "edit": report.edit,
+            "models": {name: _model(report.models[name]) if name in report.models else None for name in names},
+            "comparison": report.comparison,
+            "cost": _cost(report),
+            "blocks": [
+                {
+                    "index": block.index,
+                    "probe_accuracy": block.probe_accuracy,
+                    "fisher_ratio": {**dict.fromkeys(_FISHER_MODELS), **block.fisher_ratio},
+                    "probe_recall": block.probe_recall,
+                    "loss": block.loss,
+                    "seconds": block.seconds,
+                }
+                for block in report.blocks
+            ],
+            "verdict": {"passed": passed, "reasons": reasons},
+            "curves": [{"step": point.step, "block": point.block, "losses": point.losses} for point in report.curves],
+            "runtimes": [
+                {
+                    "name": runtime.name,
+                    "accepted": runtime.accepted,
+                    "kernel": runtime.kernel,
+                    "gpus": runtime.gpus,
+                    "why": runtime.why,
+                }
+                for runtime in report.runtimes
+            ],
+            "settings": report.settings,
+            "data": report.data,
+            "sizes": report.sizes,
+            "hashes": report.hashes,
+            "versions": report.versions,
+            "notes": report.notes,
+        }
+    )
+
+
+def _model(scores: ModelScores) -> dict[str, Any]:
+    """Return one model's column."""
+    column: dict[str, Any] = {}
+    for metric in METRICS:
+        score = getattr(scores, metric.name)
+        column[metric.name] = _score(score) if isinstance(score, Score) else score
+    column["by_source"] = {source: _score(score) for source, score in scores.by_source.items()}
+    return column
+
+
+def _score(score: Score) -> dict[str, Any]:
+    """Return a percentage with its interval and count."""
+    return {"value": score.value, "low": score.low, "high": score.high, "n": score.n}
+
+
+def _cost(report: RunReport) -> dict[str, Any]:
+    """Return the run's cost: sums of time, maxima of memory, and the stages."""
+    return {
+        "wall_seconds": report.wall_seconds,
+        "gpu_hours": report.gpu_hours,
+        "peak_device_bytes": report.peak_device_bytes,
+        "peak_host_bytes": report.peak_host_bytes,
+        "stages": [
+            {
+                "name": stage.name,
+                "wall_seconds": stage.wall_seconds,
+                "gpu_hours": stage.gpu_hours,
+                "peak_device_bytes": stage.peak_device_bytes,
+                "peak_host_bytes": stage.peak_host_bytes,
+            }
+            for stage in report.stages
+        ],
+    }
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with NaN and infinity as None and everything that JSON lacks as text, all the way down."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
