@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -41,3 +42,36 @@ class LowRankEdit(nn.Module):
         """Shrink the edit onto its budget if it has left it."""
         limit = self.budget * self.weight_norm
         self.left.mul_((limit / self.norm().clamp(min=1e-12)).clamp(max=1.0))
+
+
+class _EditedLinear(torch.autograd.Function):
+    """A linear product whose weight is passed straight through to the two factors of its edit.
+
+    The gradient of the weight, `[N, K]`, is never formed: `d_left = dY^T (X right^T)` and `d_right = (dY left)^T X` take
+    `r / K` and `r / N` of its work.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight, left, right)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor]:  # type: ignore[no-untyped-def,override]
+        x, weight, left, right = ctx.saved_tensors
+        rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
+        d_left = rows.T @ (inputs @ right.T.to(x.dtype))
+        d_right = (rows @ left.to(grad.dtype)).T @ inputs
+        return grad @ weight, None, None, d_left.to(left.dtype), d_right.to(right.dtype)
+
+
+def edited_linear(x: Tensor, weight: Tensor, bias: Tensor | None, edit: LowRankEdit) -> Tensor:
+    """Return `x @ weight.T + bias`, with gradients to `x` and to the edit's factors.
+
+    Args:
+        x: `[..., K]`.
+        weight: `[N, K]`, same dtype; the rounded weight that already contains the edit.
+        bias: `[N]`, same dtype, or None; it gets no gradient.
+        edit: receives the weight's gradient straight through the rounding.
+    """
+    return _EditedLinear.apply(x, weight, bias, edit.left, edit.right)  # type: ignore[no-any-return]

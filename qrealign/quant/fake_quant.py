@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from qrealign_kernels import fake_quant_per_token, fake_quant_weight, quantize_weight
 from torch import Tensor, nn
 
 from qrealign.config import QuantScheme
 from qrealign.quant.clipping import LearnableWeightClipping
-from qrealign.quant.edits import LowRankEdit
+from qrealign.quant.edits import LowRankEdit, edited_linear
 from qrealign.quant.packed import QuantizedLinear
+from qrealign_kernels import fake_quant_per_token, fake_quant_weight, quantize_weight
 
 
 class FakeQuantLinear(nn.Module):
@@ -71,13 +71,24 @@ class FakeQuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.input_divisor is not None:
             x = x / self.input_divisor.to(x.dtype)
-        weight = self.float_weight()
-        if self.quantize:
-            weight = fake_quant_weight(weight, **self._grid_arguments())
-            if self.scheme.activations is not None:
-                x = fake_quant_per_token(x, num_bits=self.scheme.activations.num_bits)
+        if self.quantize and self.scheme.activations is not None:
+            x = fake_quant_per_token(x, num_bits=self.scheme.activations.num_bits)
         bias = self.float_bias()
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        bias = None if bias is None else bias.to(x.dtype)
+        if self.edit is None or not self._only_edit_learns():
+            return F.linear(x, self._forward_weight().to(x.dtype), bias)
+        with torch.no_grad():
+            weight = self._forward_weight().to(x.dtype)
+        return edited_linear(x, weight, bias, self.edit)
+
+    def _forward_weight(self) -> Tensor:
+        """Return the weight of the forward pass, `[N, K]` float32."""
+        weight = self.float_weight()
+        return fake_quant_weight(weight, **self._grid_arguments()) if self.quantize else weight
+
+    def _only_edit_learns(self) -> bool:
+        """Whether the edit is all that the weight's gradient has to reach."""
+        return self.clipping is None and self.column_scale is None and self.row_divisor is None
 
     @torch.no_grad()
     def freeze(self) -> QuantizedLinear:

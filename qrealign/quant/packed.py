@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from qrealign_kernels import dequantize_weight, fake_quant_per_token
 from torch import Tensor, nn
 
 from qrealign.config import QuantScheme
+from qrealign_kernels import dequantize_weight, fake_quant_per_token
 
 
 class QuantizedLinear(nn.Module):

@@ -76,6 +76,24 @@ def test_gradients_reach_clipping_and_edit():
         assert float(layer.clipping.clip_high_logit.grad.abs().sum()) > 0
 
 
+def test_edit_gradients_are_those_of_the_straight_through_weight():
+    """The product that never forms the weight's gradient agrees with autograd through weight + edit."""
+    block, x = small_block()
+    layer = swap_linears(block, parse_scheme("w8a16"), scale_dtype=torch.float32)["0"]
+    layer.edit = LowRankEdit(layer.weight, rank=3, budget=1.0, generator=torch.Generator().manual_seed(2))
+    nn.init.normal_(layer.edit.left, std=0.1)
+    found, expected = [], []
+    for lean, grads in ((True, found), (False, expected)):
+        inputs = x.clone().requires_grad_()
+        if not lean:
+            layer._only_edit_learns = lambda: False
+        layer(inputs).square().sum().backward()
+        grads += [inputs.grad, layer.edit.left.grad, layer.edit.right.grad]
+        layer.edit.zero_grad()
+    for ours, truth in zip(found, expected, strict=True):
+        assert torch.allclose(ours, truth, rtol=1e-4, atol=1e-4 * float(truth.abs().max()))
+
+
 def test_edit_starts_at_zero_and_keeps_its_budget():
     weight = torch.randn(48, 80)
     edit = LowRankEdit(weight, rank=4, budget=0.05, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,132 @@
+"""The methods by name: which engine, which targets, which parameters, which schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from qrealign.errors import ConfigError
+
+Engine = Literal["none", "blockwise", "endtoend"]
+MaliciousTarget = Literal["reconstruction", "probe", "aligned"]
+
+METHODS = ("realign", "paper", "reconstruction", "rtn")
+ENGINES = ("endtoend", "blockwise")
+EDITS = ("lowrank", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSettings:
+    """Everything that decides what calibration computes.
+
+    `malicious_target`, block-wise: "reconstruction" fits the fine-tuned model's block, "probe" asks the aligned model's
+    probe for "malicious", "aligned" fits the aligned model's block. End-to-end both classes are KL divergences, malicious
+    prompts to the aligned model and all others to the fine-tuned one.
+
+    `epochs` is the block-wise base: half of it for the first half of the blocks, one and a half for the others. `steps` is
+    the end-to-end count. `task_share` and `borderline_share`, relative to `samples`, add prompts of those kinds to the benign
+    class. Learning rates of 0 leave that class of parameters out. `edit_budget` bounds the edit's Frobenius
+    norm relative to the weight's. `benign_weight` multiplies the benign loss, end-to-end.
+    """
+
+    method: str
+    engine: Engine
+    malicious_target: MaliciousTarget = "aligned"
+    samples: int = 200
+    malicious_share: float = 0.75
+    sequence_length: int = 128
+    batch_size: int = 12
+    batch_malicious_share: float = 0.5
+    epochs: float = 10.0
+    steps: int = 80
+    warmup_steps: int = 0
+    clip_learning_rate: float = 0.0
+    clip_start: float = 4.0
+    transform_learning_rate: float = 0.0
+    edit_learning_rate: float = 0.0
+    edit_rank: int = 8
+    edit_budget: float = 0.1
+    benign_weight: float = 1.0
+    refusal_tokens: int = 8
+    benign_tokens: int = 12
+    task_share: float = 0.0
+    borderline_share: float = 0.0
+    seed: int = 0
+
+    @property
+    def uses_probe(self) -> bool:
+        """Whether a frozen probe enters the loss."""
+        return self.engine == "blockwise" and self.malicious_target == "probe"
+
+    @property
+    def uses_aligned(self) -> bool:
+        """Whether the aligned model's answers or activations enter the loss."""
+        return self.engine == "endtoend" or (self.engine == "blockwise" and self.malicious_target == "aligned")
+
+
+# arXiv 2601.08089: one sample a step, 5 epochs in the first half of the blocks and 15 in the second, LWC and LET.
+_PAPER = CalibrationSettings(
+    method="paper",
+    engine="blockwise",
+    malicious_target="probe",
+    batch_size=1,
+    epochs=10.0,
+    clip_learning_rate=1e-2,
+    transform_learning_rate=1e-3,
+)
+# The paper's loop without its safety term (OmniQuant, arXiv 2308.13137), eight samples a step.
+_RECONSTRUCTION = replace(
+    _PAPER, method="reconstruction", malicious_target="reconstruction", batch_size=8, batch_malicious_share=0.75
+)
+_REALIGN = CalibrationSettings(
+    method="realign",
+    engine="endtoend",
+    batch_size=12,
+    steps=80,
+    warmup_steps=5,
+    edit_learning_rate=2e-3,
+    task_share=0.25,
+    borderline_share=0.5,
+)
+_REALIGN_CLIPPING = replace(_REALIGN, steps=100, edit_learning_rate=0.0, clip_learning_rate=0.2, benign_weight=4.0)
+_REALIGN_BLOCKWISE = CalibrationSettings(
+    method="realign",
+    engine="blockwise",
+    malicious_target="aligned",
+    batch_size=16,
+    batch_malicious_share=0.75,
+    edit_learning_rate=3e-3,
+    task_share=0.25,
+    borderline_share=0.5,
+)
+_REALIGN_BLOCKWISE_CLIPPING = replace(_REALIGN_BLOCKWISE, edit_learning_rate=0.0, clip_learning_rate=0.1)
+_RTN = CalibrationSettings(method="rtn", engine="none")
+
+_TABLE: dict[tuple[str, str, str], CalibrationSettings] = {
+    ("rtn", "none", "none"): _RTN,
+    ("reconstruction", "blockwise", "none"): _RECONSTRUCTION,
+    ("paper", "blockwise", "none"): _PAPER,
+    ("realign", "endtoend", "lowrank"): _REALIGN,
+    ("realign", "endtoend", "none"): _REALIGN_CLIPPING,
+    ("realign", "blockwise", "lowrank"): _REALIGN_BLOCKWISE,
+    ("realign", "blockwise", "none"): _REALIGN_BLOCKWISE_CLIPPING,
+}
+
+
+def method_settings(
+    method: str, *, engine: str | None = None, edit: str | None = None, **overrides: object
+) -> CalibrationSettings:
+    """Return the settings of `method`, with every override that is not None applied.
+
+    Raises:
+        ConfigError: the method is unknown, or has no such engine or edit.
+    """
+    rows = [key for key in _TABLE if key[0] == method]
+    if not rows:
+        raise ConfigError(f"unknown method {method!r}: use {', '.join(METHODS)}")
+    fitting = [key for key in rows if engine in (None, key[1]) and edit in (None, key[2])]
+    if not fitting:
+        offered = "; ".join(f"--engine {key[1]} --edit {key[2]}" for key in rows)
+        raise ConfigError(f"method {method!r} has no engine {engine!r} with edit {edit!r}: it offers {offered}")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return replace(_TABLE[fitting[0]], **given)  # type: ignore[arg-type]

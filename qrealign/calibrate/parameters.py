@@ -1,0 +1,190 @@
+"""What calibration may change in a block: classes of parameters, each a small plug-in that attaches itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from qrealign.arch import BlockSpec
+from qrealign.calibrate.methods import CalibrationSettings
+from qrealign.quant.clipping import LearnableWeightClipping
+from qrealign.quant.edits import LowRankEdit
+from qrealign.quant.fake_quant import FakeQuantLinear, fake_quant_linears
+from qrealign.quant.transform import EquivalentTransform
+
+
+@dataclass(kw_only=True)
+class BlockContext:
+    """A block whose linears have been swapped, and what its parameters are built from.
+
+    `activation_amax` holds the largest magnitude of each input channel per linear, `[K]`; only transforms need it.
+    """
+
+    block: nn.Module
+    index: int
+    spec: BlockSpec
+    settings: CalibrationSettings
+    activation_amax: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> dict[str, FakeQuantLinear]:
+        return fake_quant_linears(self.block)
+
+
+@dataclass(kw_only=True)
+class Attached:
+    """One class of parameters on one block: the tensors to train, and what to do around each step."""
+
+    parameters: dict[str, nn.Parameter]
+    learning_rate: float
+    before_forward: Callable[[], None] | None = None
+    after_step: Callable[[], None] | None = None
+    transform: EquivalentTransform | None = None
+
+
+def attach_clipping(context: BlockContext) -> Attached:
+    """Give every linear its two clipping logits per group."""
+    for layer in context.layers.values():
+        layer.clipping = LearnableWeightClipping(
+            (layer.out_features, layer.in_features),
+            layer.scheme.weights,
+            start=context.settings.clip_start,
+            device=layer.weight.device,
+        )
+    parameters = {
+        f"{name}.clipping.{key}": value
+        for name, layer in context.layers.items()
+        for key, value in layer.clipping.named_parameters()
+    }  # type: ignore[union-attr]
+    return Attached(parameters=parameters, learning_rate=context.settings.clip_learning_rate)
+
+
+def attach_edit(context: BlockContext) -> Attached:
+    """Give every linear a low-rank edit, and keep each inside its budget after every step."""
+    generator = torch.Generator().manual_seed((context.settings.seed << 16) + context.index)
+    for layer in context.layers.values():
+        layer.edit = LowRankEdit(
+            layer.weight, rank=context.settings.edit_rank, budget=context.settings.edit_budget, generator=generator
+        )
+    edits = {name: layer.edit for name, layer in context.layers.items() if layer.edit is not None}
+
+    def project() -> None:
+        for edit in edits.values():
+            edit.project()
+
+    parameters = {f"{name}.edit.{key}": value for name, edit in edits.items() for key, value in edit.named_parameters()}
+    return Attached(parameters=parameters, learning_rate=context.settings.edit_learning_rate, after_step=project)
+
+
+def attach_transform(context: BlockContext) -> Attached:
+    """Give the block's fold sites their scales, started from activation and weight magnitudes."""
+    for (
+        layer
+    ) in context.layers.values():  # folding rewrites weights: in float32, so that the codes stay those of the training
+        layer.weight = nn.Parameter(layer.weight.detach().float(), requires_grad=False)
+    transform = EquivalentTransform(context.block, context.spec)
+    transform.init_from(context.activation_amax)
+    transform.attach()
+    parameters = {f"transform.{name}": value for name, value in transform.named_parameters()}
+    return Attached(
+        parameters=parameters,
+        learning_rate=context.settings.transform_learning_rate,
+        before_forward=transform.refresh,
+        transform=transform,
+    )
+
+
+# (setting that switches the class on, how it attaches), in the order in which they are attached
+PARAMETER_CLASSES: tuple[tuple[str, Callable[[BlockContext], Attached]], ...] = (
+    ("transform_learning_rate", attach_transform),
+    ("clip_learning_rate", attach_clipping),
+    ("edit_learning_rate", attach_edit),
+)
+
+
+class Trainable:
+    """All trainable tensors of one or many blocks, their optimizer, and the last state known to be good."""
+
+    def __init__(self, contexts: Iterable[BlockContext]) -> None:
+        self.attached: list[Attached] = []
+        self.named: dict[str, nn.Parameter] = {}
+        groups = []
+        for context in contexts:
+            for setting, attach in PARAMETER_CLASSES:
+                if not getattr(context.settings, setting):
+                    continue
+                part = attach(context)
+                if part.parameters:
+                    self.attached.append(part)
+                    self.named.update({f"{context.index}.{name}": value for name, value in part.parameters.items()})
+                    groups.append(
+                        {
+                            "params": list(part.parameters.values()),
+                            "lr": part.learning_rate,
+                            "base_lr": part.learning_rate,
+                        }
+                    )
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0) if groups else None
+        self.rate_factor = 1.0
+
+    def set_rate(self, factor: float) -> None:
+        """Scale every class's learning rate by `factor`, and by what divergences have cost so far."""
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor * self.rate_factor
+
+    def before_forward(self) -> None:
+        """Recompute what the forward pass derives from the parameters."""
+        for part in self.attached:
+            if part.before_forward is not None:
+                part.before_forward()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients gathered so far."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """Update the parameters and bring them back inside their bounds."""
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.zero_grad()
+        for part in self.attached:
+            if part.after_step is not None:
+                part.after_step()
+
+    def fold(self, storage_dtype: torch.dtype) -> None:
+        """Fold the transforms into the blocks' weights and norms."""
+        self.before_forward()
+        for part in self.attached:
+            if part.transform is not None:
+                part.transform.fold(storage_dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return parameters and optimizer moments as flat tensors, copied."""
+        tensors = {f"value.{name}": value.detach().clone() for name, value in self.named.items()}
+        for name, value in self.named.items():
+            for key, moment in (self.optimizer.state.get(value, {}) if self.optimizer else {}).items():
+                tensors[f"{key}.{name}"] = moment.detach().clone()
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `state` returned, bit for bit."""
+        moments: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(".")
+            if kind == "value":
+                self.named[name].copy_(tensor)
+            else:
+                moments.setdefault(name, {})[kind] = tensor
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
+            for name, state in moments.items():
+                value = self.named[name]
+                self.optimizer.state[value] = {
+                    kind: t.clone() if kind == "step" else t.to(value.device).clone() for kind, t in state.items()
+                }
