@@ -1,0 +1,1 @@
+"""The main job as stages: preflight, probe, calibrate, pack, evaluate, report."""

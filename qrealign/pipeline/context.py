@@ -1,0 +1,130 @@
+"""What every stage of a run shares: options, opened models, prompts, folder, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+import qrealign
+from qrealign.calibrate.methods import CalibrationSettings
+from qrealign.config import QuantScheme, parse_scheme
+from qrealign.data.encode import ChatEncoder
+from qrealign.demo import demo_paths
+from qrealign.files import sha256_of_file
+from qrealign.models.source import ModelSource, check_same_shape, open_model
+from qrealign.pipeline.models import ModelPool, choose_device
+from qrealign.pipeline.options import RunOptions
+from qrealign.pipeline.prepare import PreparedData, prepare_data
+from qrealign.pipeline.workspace import Workspace
+from qrealign.resources import ResourceMeter
+
+PROMPT_TOKENS = 1024  # most tokens of a prompt outside calibration
+
+
+@dataclass(kw_only=True)
+class RunContext:
+    """A run that has passed its checks. `say` prints a line for the user, `progress` labels a bar or is None when quiet."""
+
+    options: RunOptions
+    settings: CalibrationSettings
+    scheme: QuantScheme
+    finetuned: ModelSource
+    aligned: ModelSource | None
+    base: ModelSource | None
+    encoder: ChatEncoder
+    calibration_encoder: ChatEncoder
+    data: PreparedData
+    workspace: Workspace
+    device: torch.device
+    pool: ModelPool
+    meter: ResourceMeter
+    say: Callable[[str], None]
+    notes: list[str] = field(default_factory=list)
+
+    def progress(self, label: str) -> str | None:
+        return None if self.options.quiet else label
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything that decides the run's results: what a resumed run must share with the interrupted one."""
+        evaluation = {name: getattr(self.options, name) for name in ("eval", "max_new_tokens")}
+        return {
+            "version": qrealign.__version__,
+            "scheme": self.scheme.name,
+            "device": self.device.type,
+            "settings": asdict(self.settings),
+            "evaluation": evaluation,
+            "model": self.finetuned.fingerprint(),
+            "aligned": self.aligned.fingerprint() if self.aligned else None,
+            "base": self.base.fingerprint() if self.base else None,
+            "data": self.data.fingerprint(),
+            "tokenizer": self.encoder.fingerprint(),
+            "probe": sha256_of_file(self._probe_path()) if self.options.probe else None,
+        }
+
+    def _probe_path(self) -> Any:
+        from pathlib import Path
+
+        path = Path(self.options.probe or "")
+        return path.with_suffix(".json") if path.with_suffix(".json").exists() else path
+
+
+def build_context(options: RunOptions, say: Callable[[str], None]) -> RunContext:
+    """Open the models and read the prompts of a run; every check that needs no weights happens here.
+
+    Raises:
+        QrealignError: anything the run could not survive.
+    """
+    device = choose_device(options.device)
+    settings = options.calibration()
+    finetuned, aligned, base = _open_models(options)
+    widths = {shape[1] for shape in finetuned.linear_shapes().values()}
+    wanted = parse_scheme(options.scheme)
+    scheme = wanted.fit_to(widths)
+    tokenizer = finetuned.tokenizer()
+    data = prepare_data(options, settings)
+    encoder = ChatEncoder(tokenizer, max_length=PROMPT_TOKENS, system=options.system)
+    context = RunContext(
+        options=options,
+        settings=settings,
+        scheme=scheme,
+        finetuned=finetuned,
+        aligned=aligned,
+        base=base,
+        encoder=encoder,
+        calibration_encoder=ChatEncoder(tokenizer, max_length=settings.sequence_length, system=options.system),
+        data=data,
+        workspace=Workspace(options.directory),
+        device=device,
+        pool=ModelPool(device),
+        meter=ResourceMeter(device.type),
+        say=say,
+        notes=list(data.notes),
+    )
+    if scheme != wanted:
+        groups = f"groups of {scheme.weights.group_size}" if scheme.weights.group_size else "whole rows"
+        context.notes.append(
+            f"{wanted.name}: not every layer's width is a multiple of {wanted.weights.group_size}, so weights share scales over {groups}"
+        )
+    if not finetuned.spec.known:
+        context.notes.append(
+            f"model type {finetuned.spec.model_type!r} is not in the architecture table: no channel scales are learned for it"
+        )
+    return context
+
+
+def _open_models(options: RunOptions) -> tuple[ModelSource, ModelSource | None, ModelSource | None]:
+    """Open the fine-tuned, the aligned and the base model; the demo's where none is named."""
+    if options.is_demo:
+        demo = demo_paths()
+        finetuned, aligned = open_model(str(demo.aligned), adapter=str(demo.adapter)), open_model(str(demo.aligned))
+    else:
+        finetuned = open_model(str(options.model), adapter=options.adapter)
+        aligned = open_model(options.aligned) if options.aligned else None
+    base = open_model(options.base) if options.base else None
+    for other in (aligned, base):
+        if other is not None:
+            check_same_shape(finetuned, other)
+    return finetuned, aligned, base

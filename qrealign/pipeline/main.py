@@ -1,0 +1,114 @@
+"""The main job from first check to report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from torch import nn
+
+import qrealign
+from qrealign.errors import CheckpointFormatError, ResumeError
+from qrealign.files import read_json, remove, sha256_of_text, write_json
+from qrealign.pack.verify import verify_checkpoint
+from qrealign.pack.writer import CheckpointWriter
+from qrealign.pipeline.calibrating import run_calibration, run_teaching
+from qrealign.pipeline.context import RunContext, build_context
+from qrealign.pipeline.evaluating import run_analysis, run_evaluation
+from qrealign.pipeline.options import RunOptions
+from qrealign.pipeline.preflight import preflight
+from qrealign.pipeline.probing import run_probe_stage
+from qrealign.pipeline.reporting import analysis_from_json, analysis_to_json, build_report, write_everything
+from qrealign.probes.probe import SafetyProbe
+from qrealign.records import CurvePoint
+from qrealign.report.model import RunReport
+
+
+def run(options: RunOptions, say: Callable[[str], None]) -> RunReport | None:
+    """Realign, pack, evaluate and report; None after a dry run.
+
+    Raises:
+        QrealignError: one sentence that the user can act on.
+    """
+    torch.manual_seed(options.seed)
+    context = build_context(options, say)
+    for line in preflight(context):
+        say(line)
+    if options.dry_run:
+        return None
+    if context.workspace.open(context.identity(), fresh=options.fresh, must_exist=options.resume):
+        say(f"continuing the run in {context.workspace.directory}")
+    probe = run_probe_stage(context)
+    run_teaching(context)
+    calibrate(context, probe)
+    pack(context)
+    report = prove(context, probe)
+    write_everything(context, report)
+    say(f"packed model: {context.workspace.model}   report: {context.workspace.directory / 'report.html'}")
+    return report
+
+
+def _writer(context: RunContext) -> CheckpointWriter:
+    identity = sha256_of_text(repr(sorted(context.identity().items())))
+    return CheckpointWriter(context.finetuned, context.scheme, context.workspace.model, identity=identity)
+
+
+def calibrate(context: RunContext, probe: SafetyProbe | None) -> None:
+    """Stage "calibrate": learn, freeze, and write every block; each is read back and compared code by code."""
+    workspace = context.workspace
+    if workspace.done("calibrate"):
+        return
+    writer = _writer(context)
+    seconds: dict[int, float] = {}
+    last = time.perf_counter()
+
+    def on_block(index: int, block: nn.Module) -> None:
+        nonlocal last
+        writer.add_block(index, block)
+        seconds[index], last = time.perf_counter() - last, time.perf_counter()
+
+    with workspace.stage("calibrate", context.meter):
+        curve = run_calibration(context, probe, on_block)
+    write_json(workspace.state / "calibration.json", {"curve": [asdict(point) for point in curve], "seconds": seconds})
+    context.pool.release()
+
+
+def pack(context: RunContext) -> None:
+    """Stage "pack": complete the checkpoint, put it in place and verify it."""
+    workspace = context.workspace
+    if workspace.done("pack"):
+        if not workspace.model.exists():
+            raise ResumeError(f"{workspace.model} is gone although this run had packed it: run again with --fresh")
+        return
+    with workspace.stage("pack", context.meter):
+        writer = _writer(context)
+        writer.add_outer(context.finetuned.outer_state())
+        writer.finish(
+            {"version": qrealign.__version__, "method": context.settings.method, "model": context.finetuned.name}
+        )
+        verification = verify_checkpoint(workspace.model, context.finetuned)
+        if not verification.passed:
+            raise CheckpointFormatError(
+                f"{workspace.model} does not hold what was written: {'; '.join(verification.problems)}"
+            )
+    for name in ("streams.safetensors", "endtoend.safetensors"):
+        remove(workspace.state / name)
+
+
+def prove(context: RunContext, probe: SafetyProbe | None) -> RunReport:
+    """Stages "evaluate" and "analyse", and the report made from them."""
+    workspace = context.workspace
+    scores, blocks, projections = {}, [], []
+    if context.options.eval != "none":
+        with workspace.once("evaluate", context.meter):
+            scores = run_evaluation(context)
+        with workspace.once("analyse", context.meter):
+            analysis = workspace.cached_json("analysis", lambda: analysis_to_json(*run_analysis(context, probe)))
+        blocks, projections = analysis_from_json(analysis)
+    calibration = read_json(workspace.state / "calibration.json")
+    for block in blocks:
+        block.seconds = calibration["seconds"].get(str(block.index), 0.0)
+    curves = [CurvePoint(**point) for point in calibration["curve"]]
+    return build_report(context, scores, blocks, projections, curves)

@@ -1,0 +1,189 @@
+"""The options of a run: one frozen record, filled from defaults, then a configuration file, then flags."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from qrealign.calibrate.methods import CalibrationSettings, method_settings
+from qrealign.config import parse_scheme
+from qrealign.errors import ConfigError
+
+EvaluationSize = Literal["none", "quick", "full"]
+EVALUATION_SIZES = ("none", "quick", "full")
+DEMO_OUTPUT = "out/demo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What the user asked for. Data options hold file paths or Hub ids, each with an optional `?field=value` filter.
+
+    None means "the method's own value" for the calibration options and "the prompts shipped with the project" for data.
+    """
+
+    model: str | None = None
+    adapter: str | None = None
+    aligned: str | None = None
+    base: str | None = None
+    scheme: str = "w8a8"
+    method: str = "realign"
+    engine: str | None = None
+    edit: str | None = None
+    output: str | None = None
+    fresh: bool = False
+    resume: bool = False
+    device: str = "auto"
+    batch_size: int | None = None
+    samples: int | None = None
+    sequence_length: int | None = None
+    malicious_share: float | None = None
+    epochs: float | None = None
+    steps: int | None = None
+    edit_rank: int | None = None
+    seed: int = 0
+    system: str | None = None
+    probe: str | None = None
+    safety_data: tuple[str, ...] = ()
+    benign_data: tuple[str, ...] = ()
+    borderline_data: tuple[str, ...] = ()
+    task_data: tuple[str, ...] = ()
+    eval: EvaluationSize = "quick"
+    eval_harmful: tuple[str, ...] = ()
+    eval_over_refusal: tuple[str, ...] = ()
+    eval_benign: tuple[str, ...] = ()
+    eval_task: tuple[str, ...] = ()
+    eval_text: tuple[str, ...] = ()
+    max_new_tokens: int | None = None
+    eval_batch_size: int = 64
+    json: bool = False
+    quiet: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.model is None and (self.aligned or self.adapter):
+            raise ConfigError(
+                "--aligned and --adapter need --model: name the fine-tuned model, or the model that the adapter belongs to"
+            )
+        if self.model is not None and self.output is None:
+            raise ConfigError("--output is missing: name the folder that will hold the packed model and the report")
+        if self.fresh and self.resume:
+            raise ConfigError("--fresh and --resume exclude each other: choose one")
+        if self.eval not in EVALUATION_SIZES:
+            raise ConfigError(f"--eval must be one of {', '.join(EVALUATION_SIZES)}, not {self.eval!r}")
+        _check_ranges(self)
+        parse_scheme(self.scheme)
+        settings = self.calibration()
+        if (
+            self.model is not None
+            and self.aligned is None
+            and (settings.uses_aligned or (settings.uses_probe and self.probe is None))
+        ):
+            raise ConfigError(
+                f"method {self.method!r} learns from the aligned model: name it with --aligned (the chat model before fine-tuning)"
+            )
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the shipped demo model is used, because no model was named."""
+        return self.model is None
+
+    @property
+    def directory(self) -> Path:
+        """Folder of everything that the run writes."""
+        return Path(self.output or DEMO_OUTPUT)
+
+    def calibration(self) -> CalibrationSettings:
+        """Return the method's settings with this run's overrides."""
+        settings = method_settings(
+            self.method,
+            engine=self.engine,
+            edit=self.edit,
+            samples=self.samples,
+            malicious_share=self.malicious_share,
+            sequence_length=self.sequence_length,
+            batch_size=self.batch_size,
+            steps=self.steps,
+            edit_rank=self.edit_rank,
+            epochs=self.epochs,
+            seed=self.seed,
+        )
+        if self.epochs is not None and self.steps is None and settings.engine == "endtoend":
+            settings = replace(settings, steps=max(1, round(self.epochs * settings.samples / settings.batch_size)))
+        return settings
+
+
+def _check_ranges(options: RunOptions) -> None:
+    """Refuse numbers that make no sense, naming the flag."""
+    positive = (
+        "batch_size",
+        "samples",
+        "sequence_length",
+        "epochs",
+        "steps",
+        "edit_rank",
+        "max_new_tokens",
+        "eval_batch_size",
+    )
+    for name in positive:
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be positive, not {value}")
+    if options.malicious_share is not None and not 0 <= options.malicious_share <= 1:
+        raise ConfigError(f"--malicious-share must lie between 0 and 1, not {options.malicious_share}")
+    if options.sequence_length is not None and options.sequence_length < 16:
+        raise ConfigError(f"--sequence-length must be at least 16 tokens, not {options.sequence_length}")
+
+
+def merge_options(config_file: str | None, flags: Mapping[str, Any]) -> RunOptions:
+    """Return the options of a JSON file overridden by the flags that were given.
+
+    Raises:
+        ConfigError: the file cannot be read, or has a key that is no option, or a value of the wrong type.
+    """
+    values = {**_read_config(config_file), **flags}
+    unknown = sorted(set(values) - {field.name for field in fields(RunOptions)})
+    if unknown:
+        raise ConfigError(f"{config_file} has no such option: {', '.join(unknown)}; options are the flags with _ for -")
+    hints = get_type_hints(RunOptions)
+    for name, value in values.items():
+        if get_origin(hints[name]) is tuple:
+            values[name] = (
+                (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else value
+            )
+        if not _fits(values[name], hints[name]):
+            raise ConfigError(
+                f"{config_file or 'the command line'} has a value of the wrong type: {name} cannot be {value!r}"
+            )
+    return RunOptions(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether a value from JSON or a flag has the type of an option."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    allowed = get_args(hint) or (hint,)
+    if isinstance(value, bool):
+        return bool in allowed
+    return isinstance(value, allowed) or (isinstance(value, int) and float in allowed)
+
+
+def _read_config(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the configuration file {path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"the configuration file {path} must hold one JSON object")
+    return value
+
+
+def resolved(options: RunOptions) -> dict[str, Any]:
+    """Return the options and the calibration settings that they lead to, for the report."""
+    return {"options": asdict(options), "calibration": asdict(options.calibration())}

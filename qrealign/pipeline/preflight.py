@@ -1,0 +1,154 @@
+"""What a run will do and cost, said before any weight is loaded."""
+
+from __future__ import annotations
+
+import shutil
+import time
+
+import torch
+
+from qrealign.calibrate.schedule import block_epochs
+from qrealign.pack.format import quantization_config
+from qrealign.pack.runtimes import compatible_runtimes
+from qrealign.pack.size import estimate_packed_bytes, require_free_disk
+from qrealign.pipeline.context import RunContext
+from qrealign.pipeline.evaluating import NEW_TOKENS, PERPLEXITY_TOKENS, model_names
+
+GIB = 2**30
+PROMPT_TOKENS = 48  # typical length of a prompt with its template
+# Shares of the measured matrix-product rate that a whole model reaches: training steps, and answering with a cache.
+TRAINING_SHARE, ANSWERING_SHARE = 0.35, 0.15
+RANGE = (0.5, 2.0)  # an estimate is given as a range around the count
+
+
+def preflight(context: RunContext) -> list[str]:
+    """Return the lines that describe the run.
+
+    Raises:
+        QrealignError: the disk is too small.
+    """
+    source, packed = context.finetuned, estimate_packed_bytes(context.finetuned, context.scheme)
+    state = state_bytes(context)
+    require_free_disk(context.workspace.directory, packed + state)
+    seconds = estimate_seconds(context)
+    low, high = (seconds * factor for factor in RANGE)
+    template = "chat template" if context.encoder.has_template else "no chat template (plain form)"
+    counts = context.data.counts()
+    lines = [
+        f"model       {source.name}: {source.spec.model_type}, {source.num_blocks} blocks, {source.total_bytes / GIB:.2f} GiB, {template}",
+        f"method      {context.settings.method}, engine {context.settings.engine}, scheme {context.scheme.name}, on {context.device}",
+        "prompts     " + ", ".join(f"{count} {name}" for name, count in counts.items() if count),
+        "overlap     evaluation prompts are disjoint from calibration and probe prompts (checked)",
+    ]
+    lines += [f"runtime     {runtime_line(runtime)}" for runtime in _runtimes(context)]
+    lines += [
+        f"disk        {packed / GIB:.2f} GiB for the checkpoint, {state / GIB:.2f} GiB for resuming, {free_disk(context) / GIB:.0f} GiB free",
+        f"memory      about {memory_bytes(context) / GIB:.1f} GiB on {context.device}",
+        f"time        about {duration(low)} to {duration(high)} (counted work at this machine's measured rate)",
+    ]
+    return lines + [f"note        {note}" for note in context.notes]
+
+
+def runtime_line(runtime: object) -> str:
+    """Return one runtime's answer as a line."""
+    answer = f"{runtime.kernel}; {runtime.gpus}" if runtime.accepted else f"refused: {runtime.why}"  # type: ignore[attr-defined]
+    return f"{runtime.name}: {answer}"  # type: ignore[attr-defined]
+
+
+def _runtimes(context: RunContext) -> list[object]:
+    config = {
+        **context.finetuned.config.to_dict(),
+        "quantization_config": quantization_config(context.scheme, ["lm_head"]),
+    }
+    return list(compatible_runtimes(config, context.finetuned.linear_shapes()))
+
+
+def free_disk(context: RunContext) -> int:
+    """Return the free bytes of the disk that the output folder is or will be on."""
+    folder = context.workspace.directory.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def state_bytes(context: RunContext) -> int:
+    """Return about how many bytes the files for resuming take."""
+    settings, hidden = context.settings, context.finetuned.config.hidden_size
+    positions = settings.samples * 2 * PROMPT_TOKENS
+    if settings.engine == "blockwise":
+        streams = 3 if settings.uses_aligned else 2
+        return streams * settings.samples * settings.sequence_length * hidden * context.pool.dtype.itemsize
+    weights = sum(rows + columns for rows, columns in context.finetuned.linear_shapes().values())
+    return positions * hidden * 4 + 3 * 4 * weights * settings.edit_rank if settings.engine == "endtoend" else 0
+
+
+def memory_bytes(context: RunContext) -> int:
+    """Return about how much device memory the run takes: weights, one block in training, activations of a batch."""
+    source, settings = context.finetuned, context.settings
+    resident, block = (
+        context.pool.resident_bytes(source),
+        context.pool.resident_bytes(source) // max(1, source.num_blocks),
+    )
+    tokens = settings.batch_size * min(settings.sequence_length, 2 * PROMPT_TOKENS)
+    width = source.config.hidden_size + (
+        getattr(source.config, "intermediate_size", 0) or 4 * source.config.hidden_size
+    )
+    activations = (
+        tokens * width * 16 * context.pool.dtype.itemsize * (source.num_blocks if settings.engine == "endtoend" else 1)
+    )
+    held = resident if settings.engine == "endtoend" else 0
+    grids = 6 * 4 * sum(rows * columns for rows, columns in source.linear_shapes().values())
+    return held + block + activations + (grids if settings.engine == "endtoend" else grids // max(1, source.num_blocks))
+
+
+def estimate_seconds(context: RunContext) -> float:
+    """Return the run's seconds from its floating-point operations and the rate of a short matrix product on the device."""
+    rate = measured_flops(context.device, context.pool.dtype)
+    weights = sum(rows * columns for rows, columns in context.finetuned.linear_shapes().values())
+    training, answering = training_tokens(context), answering_tokens(context)
+    return 6 * weights * training / (rate * TRAINING_SHARE) + 2 * weights * answering / (rate * ANSWERING_SHARE)
+
+
+def training_tokens(context: RunContext) -> float:
+    """Return how many tokens pass forward and backward through the whole model."""
+    settings, blocks = context.settings, context.finetuned.num_blocks
+    if settings.engine == "endtoend":
+        return settings.steps * settings.batch_size * (PROMPT_TOKENS + settings.benign_tokens)
+    if settings.engine == "none":
+        return 0.0
+    epochs = sum(block_epochs(index, blocks, settings.epochs) for index in range(blocks)) / blocks
+    return epochs * settings.samples * min(settings.sequence_length, 2 * PROMPT_TOKENS)
+
+
+def answering_tokens(context: RunContext) -> float:
+    """Return how many tokens pass forward: teachers, probe, evaluation and analysis."""
+    options, data = context.options, context.data
+    teaching = context.settings.samples * 2 * PROMPT_TOKENS
+    probing = (len(data.probe_malicious) + len(data.probe_benign)) * PROMPT_TOKENS if context.aligned else 0
+    if options.eval == "none":
+        return teaching + probing
+    evaluation = data.evaluation
+    prompts = len(evaluation.harmful) + len(evaluation.benign) + len(evaluation.over_refusal)
+    tokens = (
+        prompts * (PROMPT_TOKENS + (options.max_new_tokens or NEW_TOKENS[options.eval]))
+        + len(evaluation.task) * PROMPT_TOKENS
+    )
+    return teaching + probing + len(model_names(context)) * (tokens + PERPLEXITY_TOKENS[options.eval])
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """Return the operations per second of a matrix product on the device."""
+    a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
+    a @ b
+    repeats, start = 8, time.perf_counter()
+    for _ in range(repeats):
+        result = a @ b
+    float(result[0, 0])  # waits for the device
+    return repeats * 2 * size**3 / (time.perf_counter() - start)
+
+
+def duration(seconds: float) -> str:
+    """Return a rough duration in words."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

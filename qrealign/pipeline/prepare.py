@@ -1,0 +1,225 @@
+"""Which prompts go where: calibration, probe and evaluation, read, sampled from the seed and kept apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from qrealign.calibrate.methods import CalibrationSettings
+from qrealign.data.prompts import (
+    Label,
+    Prompt,
+    Role,
+    deduplicate,
+    find_overlap,
+    normalise,
+    read_prompts,
+    sample,
+    split_by_hash,
+)
+from qrealign.demo import demo_paths
+from qrealign.errors import DataError
+from qrealign.evaluate.suite import EvaluationData
+from qrealign.files import sha256_of_text
+from qrealign.pipeline.options import RunOptions
+
+PROBE_PROMPTS = 400  # at most, of each class
+HELD_OUT_SHARE = 0.25  # of data given for calibration, where none was given for evaluation
+# Most prompts a quick evaluation asks: a few minutes on two cores for a small model.
+QUICK_HARMFUL, QUICK_PER_SOURCE, QUICK_BENIGN, QUICK_OVER_REFUSAL, QUICK_TASK = 240, 60, 100, 100, 300
+
+
+@dataclass(kw_only=True)
+class CalibrationPrompts:
+    """The prompts that calibration sees; `benign`, `task` and `borderline` are all answered as the fine-tuned model does."""
+
+    malicious: list[Prompt]
+    benign: list[Prompt]
+    task: list[Prompt] = field(default_factory=list)
+    borderline: list[Prompt] = field(default_factory=list)
+
+    def harmless(self) -> list[Prompt]:
+        """Return every prompt that is not malicious."""
+        return [*self.benign, *self.task, *self.borderline]
+
+    def counts(self) -> dict[str, int]:
+        return {name: len(prompts) for name, prompts in vars(self).items()}
+
+
+@dataclass(kw_only=True)
+class PreparedData:
+    """All prompts of a run, disjoint where they must be, and remarks that the report repeats."""
+
+    calibration: CalibrationPrompts
+    probe_malicious: list[Prompt]
+    probe_benign: list[Prompt]
+    evaluation: EvaluationData
+    notes: list[str]
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over every prompt in its place."""
+        lists = [
+            *vars(self.calibration).values(),
+            self.probe_malicious,
+            self.probe_benign,
+            *vars(self.evaluation).values(),
+        ]
+        return sha256_of_text(
+            *(
+                f"{item.text}\t{item.answer}" if isinstance(item, Prompt) else str(item)
+                for part in lists
+                for item in (*part, "--")
+            )
+        )
+
+    def counts(self) -> dict[str, int]:
+        """Return how many prompts of each kind the run uses."""
+        evaluation = {f"evaluation {name}": len(items) for name, items in vars(self.evaluation).items()}
+        probe = {"probe malicious": len(self.probe_malicious), "probe benign": len(self.probe_benign)}
+        return {f"calibration {name}": count for name, count in self.calibration.counts().items()} | probe | evaluation
+
+
+def prepare_data(options: RunOptions, settings: CalibrationSettings) -> PreparedData:
+    """Read and select every prompt of a run.
+
+    Raises:
+        DataError: a file is unusable, there are too few prompts, or evaluation prompts stand in the calibration data.
+    """
+    shipped, notes = demo_paths(), list[str]()
+    seed = options.seed
+    safety, held_safety = _pool(options.safety_data, str(shipped.safety), "malicious", bool(options.eval_harmful), seed)
+    benign, held_benign = _pool(options.benign_data, str(shipped.benign), "benign", bool(options.eval_benign), seed)
+    borderline = _read(options.borderline_data or (str(shipped.borderline),), "benign")
+    task, test = _task_pools(options, str(shipped.task), str(shipped.eval_task))
+    malicious_count = round(settings.samples * settings.malicious_share)
+    calibration = CalibrationPrompts(
+        malicious=_draw(safety, malicious_count, seed, "--safety-data", settings),
+        benign=_draw(benign, settings.samples - malicious_count, seed, "--benign-data", settings),
+    )
+    calibration.task = sample(task, min(len(task), round(settings.samples * settings.task_share)), seed)
+    calibration.borderline = sample(
+        borderline, min(len(borderline), round(settings.samples * settings.borderline_share)), seed
+    )
+    probe_malicious, probe_benign = (sample(pool, min(len(pool), PROBE_PROMPTS), seed) for pool in (safety, benign))
+    evaluation = EvaluationData(
+        harmful=_evaluation(
+            options.eval_harmful, held_safety, str(shipped.eval_harmful), "malicious", "harmful", notes
+        ),
+        benign=_evaluation(options.eval_benign, held_benign, str(shipped.eval_benign), "benign", "ordinary", notes),
+        over_refusal=_evaluation(
+            options.eval_over_refusal, [], str(shipped.eval_over_refusal), "over_refusal", "borderline", notes
+        ),
+        task=_read(options.eval_task, "task") if options.eval_task else test,
+        texts=[prompt.text for prompt in _read(options.eval_text or (str(shipped.text),), "text")],
+    )
+    if options.eval == "quick":
+        evaluation = _quick(evaluation, seed)
+    training = [*calibration.malicious, *calibration.harmless(), *probe_malicious, *probe_benign]
+    evaluation = _keep_apart(training, evaluation, options)
+    return PreparedData(
+        calibration=calibration,
+        probe_malicious=probe_malicious,
+        probe_benign=probe_benign,
+        evaluation=evaluation,
+        notes=notes,
+    )
+
+
+def _read(specs: Sequence[str], role: Role) -> list[Prompt]:
+    prompts = [prompt for spec in specs for prompt in read_prompts(spec, role=role)]
+    return prompts if role == "text" else deduplicate(prompts)
+
+
+def _pool(
+    specs: tuple[str, ...], shipped: str, role: Role, evaluation_given: bool, seed: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Return what calibration may use, and what is held out of the user's own data for the evaluation."""
+    pool = _read(specs or (shipped,), role)
+    if not specs or evaluation_given:
+        return pool, []
+    held, kept = split_by_hash(pool, HELD_OUT_SHARE, seed)
+    return kept, held
+
+
+def _task_pools(options: RunOptions, shipped: str, shipped_test: str) -> tuple[list[Prompt], list[Prompt]]:
+    """Return task prompts for calibration and for the evaluation: by their split where rows name one, else by hash."""
+    if not options.task_data:
+        return (_read((shipped,), "task"), _read((shipped_test,), "task")) if options.is_demo else ([], [])
+    prompts = _read(options.task_data, "task")
+    if options.eval_task:
+        return prompts, []
+    test = [prompt for prompt in prompts if prompt.split in ("test", "validation", "valid", "dev")]
+    final = [prompt for prompt in test if prompt.split == "test"] or test
+    if final:
+        return [prompt for prompt in prompts if prompt.split in (None, "train")], final
+    half, other = split_by_hash(prompts, 0.5, options.seed)
+    return half, other
+
+
+def _draw(pool: list[Prompt], count: int, seed: int, flag: str, settings: CalibrationSettings) -> list[Prompt]:
+    if len(pool) < count:
+        raise DataError(
+            f"{flag} has {len(pool)} usable prompts for calibration, but --samples {settings.samples} with --malicious-share "
+            f"{settings.malicious_share:g} needs {count}: give more prompts or lower --samples"
+        )
+    return sample(pool, count, seed)
+
+
+def _evaluation(
+    specs: tuple[str, ...], held_out: list[Prompt], shipped: str, role: Role, word: str, notes: list[str]
+) -> list[Prompt]:
+    """Return evaluation prompts: the user's, else those held out of the user's calibration data, else the shipped ones."""
+    if specs:
+        return _read(specs, role)
+    if held_out:
+        notes.append(f"{word} evaluation prompts were held out of the calibration data, so they are of the same kind")
+        return held_out
+    notes.append(f"{word} evaluation prompts are the mild ones shipped with the project")
+    return _read((shipped,), role)
+
+
+def _quick(data: EvaluationData, seed: int) -> EvaluationData:
+    """Return a sample small enough for minutes, evenly over the sources of the harmful prompts."""
+    sources = sorted({prompt.source for prompt in data.harmful})
+    share = max(1, min(QUICK_PER_SOURCE, QUICK_HARMFUL // len(sources))) if len(sources) > 1 else QUICK_HARMFUL
+    harmful = []
+    for source in sources:
+        prompts = [prompt for prompt in data.harmful if prompt.source == source]
+        harmful += sample(prompts, min(len(prompts), share), seed)
+
+    def some(prompts: list[Prompt], most: int) -> list[Prompt]:
+        return sample(prompts, min(len(prompts), most), seed)
+
+    return EvaluationData(
+        harmful=harmful,
+        benign=some(data.benign, QUICK_BENIGN),
+        over_refusal=some(data.over_refusal, QUICK_OVER_REFUSAL),
+        task=some(data.task, QUICK_TASK),
+        texts=data.texts,
+    )
+
+
+def _keep_apart(training: list[Prompt], evaluation: EvaluationData, options: RunOptions) -> EvaluationData:
+    """Refuse evaluation files that share prompts with the training data; drop such prompts where we held them out ourselves."""
+    kept = {}
+    for name, given in (
+        ("harmful", options.eval_harmful),
+        ("benign", options.eval_benign),
+        ("over_refusal", options.eval_over_refusal),
+        ("task", options.eval_task),
+    ):
+        prompts = getattr(evaluation, name)
+        overlaps = find_overlap(training, prompts)
+        if overlaps and given:
+            flag = f"--eval-{name.replace('_', '-')}"
+            raise DataError(
+                f"{len(overlaps)} calibration or probe prompts give away prompts of {flag} (such as "
+                f"{overlaps[0].evaluation[:60]!r}): a score on them would prove nothing, so give data without them"
+            )
+        shared = {normalise(overlap.evaluation) for overlap in overlaps}
+        kept[name] = [prompt for prompt in prompts if normalise(prompt.text) not in shared]
+    if not kept["harmful"] or any(prompt.label == Label.BENIGN for prompt in kept["harmful"]):
+        raise DataError(
+            "no harmful prompt is left for the evaluation: give some with --eval-harmful, or use --eval none"
+        )
+    return EvaluationData(**kept, texts=evaluation.texts)

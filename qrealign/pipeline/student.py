@@ -1,0 +1,94 @@
+"""The model that the end-to-end engine trains: weights resident where they fit, streamed block by block otherwise."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from qrealign.calibrate.blockwise import freeze_block
+from qrealign.calibrate.parameters import BlockContext, Trainable
+from qrealign.models.placement import release_weights
+from qrealign.models.streaming import StreamHandle, stream_blocks
+from qrealign.pipeline.context import RunContext
+from qrealign.pipeline.models import free_bytes
+from qrealign.quant.fake_quant import swap_linears
+
+logger = logging.getLogger(__name__)
+
+ACTIVATION_SHARE = 0.25  # of the free memory: above it, activations are recomputed in the backward pass
+SAVED_VALUES = 34  # numbers that a block's graph keeps for each token and hidden channel, roughly
+
+
+class Student:
+    """The fine-tuned model with fake-quantized linears and everything trainable attached.
+
+    Attributes:
+        model: computes with the present parameters; call it like any Hugging Face model.
+        trainable: its parameters.
+        streamed: whether blocks load their weights only while they run.
+    """
+
+    def __init__(self, context: RunContext) -> None:
+        self.context = context
+        source, pool = context.finetuned, context.pool
+        pool.release()
+        self.model: PreTrainedModel = source.skeleton(dtype=pool.dtype)
+        source.load_outer(self.model, context.device, pool.dtype)
+        self.streamed = not pool.fits(source)
+        self.trainable = Trainable(self._contexts())
+        self._stream: StreamHandle | None = None
+        if self.streamed:
+            logger.warning(
+                "%s does not fit into the free memory of %s: its blocks are streamed", source.name, context.device
+            )
+            self._stream = stream_blocks(self.model, source, context.device, pool.dtype)
+        if self.streamed or _activation_bytes(context) > ACTIVATION_SHARE * free_bytes(context.device):
+            checkpoint_blocks(self.model, list(source.spec.blocks_of(self.model)))
+
+    def _contexts(self) -> Iterator[BlockContext]:
+        """Yield each block with its weights loaded, which attaching needs; a streamed block gives them back at once."""
+        source, pool, device = self.context.finetuned, self.context.pool, self.context.device
+        for index in range(source.num_blocks):
+            block = source.load_block(self.model, index, device, pool.dtype)
+            swap_linears(block, self.context.scheme, scale_dtype=source.storage_dtype, skip=source.spec.skip)
+            yield BlockContext(block=block, index=index, spec=source.spec, settings=self.context.settings)
+            if self.streamed:
+                release_weights(block)
+
+    def freeze(self, on_block: Callable[[int, nn.Module], None]) -> None:
+        """Hand every block over in its final form; the student is used up by it."""
+        source = self.context.finetuned
+        if self._stream is not None:
+            self._stream.remove()
+        self.trainable.fold(source.storage_dtype)
+        for index, block in enumerate(source.spec.blocks_of(self.model)):
+            if self.streamed:
+                source.load_block(self.model, index, self.context.device, self.context.pool.dtype)
+            on_block(index, freeze_block(block, source.storage_dtype))
+            block.to("meta")
+
+
+def _activation_bytes(context: RunContext) -> int:
+    """Return about how many bytes a batch's graph takes when nothing is recomputed."""
+    settings, config = context.settings, context.finetuned.config
+    tokens = settings.batch_size * (settings.sequence_length + settings.benign_tokens)
+    return tokens * config.hidden_size * SAVED_VALUES * context.pool.dtype.itemsize * context.finetuned.num_blocks
+
+
+def checkpoint_blocks(model: PreTrainedModel, blocks: list[nn.Module]) -> None:
+    """Recompute each block in the backward pass instead of keeping its activations.
+
+    Hugging Face checkpoints blocks in training mode only. That mode is set on the blocks alone, with their own dropout
+    off, so that everything below them computes as in inference.
+    """
+    if not model.supports_gradient_checkpointing:
+        logger.warning("this architecture cannot recompute activations: a batch takes more memory")
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for block in blocks:
+        block.training = True
+        if isinstance(getattr(block, "dropout", None), float):
+            block.dropout = 0.0

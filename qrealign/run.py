@@ -1,0 +1,46 @@
+"""`python -m qrealign.run`: the main job in one command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+from qrealign.errors import ConfigError, QrealignError
+
+EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the main job; return 0, or another exit status after one sentence on standard error."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        return _run(arguments)
+    except QrealignError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues where it stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    from qrealign.cli import parse_options
+
+    options = parse_options(arguments)
+    from qrealign.pipeline.main import run
+    from qrealign.report import build_json, terminal_table
+
+    def say(line: str) -> None:
+        if not options.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    report = run(options, say)
+    if report is not None:
+        print(json.dumps(build_json(report), ensure_ascii=False) if options.json else terminal_table(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

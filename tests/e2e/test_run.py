@@ -1,0 +1,226 @@
+"""The main job on the shipped demo, shortened: report, packed model, resume after kill -9, refusal to mix runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from qrealign.demo import demo_paths
+from qrealign.run import main
+
+ROOT = Path(__file__).parents[2]
+SHORT = ["--samples", "60", "--steps", "30", "--batch-size", "6", "--device", "cpu"]
+BLOCKWISE = ["--engine", "blockwise", "--epochs", "1", "--samples", "40", "--device", "cpu"]
+M = {"harmful_score", "refusal_rate", "over_refusal", "degenerate_rate", "task_accuracy", "perplexity"}
+
+
+def command(output, *arguments):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "qrealign.run",
+            *model_flags(),
+            "--output",
+            str(output),
+            "--eval",
+            "none",
+            "--quiet",
+            *arguments,
+        ],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def model_flags():
+    demo = demo_paths()
+    return [
+        "--model",
+        str(demo.aligned),
+        "--adapter",
+        str(demo.adapter),
+        "--aligned",
+        str(demo.aligned),
+        "--task-data",
+        str(demo.task),
+    ]
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory):
+    """Run the demo once, shortened, and return its folder."""
+    output = tmp_path_factory.mktemp("run") / "o"
+    assert main([*SHORT, "--output", str(output), "--quiet", "--max-new-tokens", "16", "--fresh"]) == 0
+    return output
+
+
+def test_report_has_the_promised_shape(demo_run):
+    report = json.loads((demo_run / "report.json").read_text())
+    assert (report["scheme"], report["method"]) == ("w8a8", "realign")
+    assert set(report["models"]) == {"aligned", "finetuned", "quantized", "realigned"}
+    for model in report["models"].values():
+        assert set(model) >= M and isinstance(model["perplexity"], float)
+        for name in M - {"perplexity"}:
+            assert model[name]["low"] <= model[name]["value"] <= model[name]["high"] and model[name]["n"] > 0
+    assert set(report["comparison"]["harmful_score"]) >= {"p_value", "delta"}
+    assert set(report["cost"]) >= {"wall_seconds", "gpu_hours", "peak_device_bytes", "peak_host_bytes", "stages"}
+    assert [stage["name"] for stage in report["cost"]["stages"]] == [
+        "probe",
+        "teach",
+        "calibrate",
+        "pack",
+        "evaluate",
+        "analyse",
+    ]
+    for block in report["blocks"]:
+        assert set(block) >= {"index", "probe_accuracy", "fisher_ratio", "loss", "seconds"}
+        assert set(block["fisher_ratio"]) >= {"aligned", "finetuned", "realigned"}
+    assert isinstance(report["verdict"]["passed"], bool) and report["verdict"]["reasons"]
+
+
+def test_repair_shows_and_utility_stays(demo_run):
+    models = json.loads((demo_run / "report.json").read_text())["models"]
+    assert models["finetuned"]["harmful_score"]["value"] >= 80 and models["quantized"]["harmful_score"]["value"] >= 80
+    assert models["realigned"]["harmful_score"]["value"] <= 30
+    assert models["realigned"]["task_accuracy"]["value"] >= models["finetuned"]["task_accuracy"]["value"] - 5
+
+
+def test_folder_holds_what_was_promised(demo_run):
+    assert {path.name for path in demo_run.iterdir()} == {"model", "state", "report.json", "report.md", "report.html"}
+    names = {path.name for path in (demo_run / "model").iterdir()}
+    assert {"config.json", "README.md", "tokenizer.json", "model.safetensors.index.json"} <= names
+    config = json.loads((demo_run / "model" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+
+
+def test_transformers_gives_the_fake_quant_models_tokens(demo_run):
+    """What `run` measured and what a user loads are one model: logits equal in fp32, greedy tokens the same."""
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM
+
+    from qrealign.config import parse_scheme
+    from qrealign.data.encode import ChatEncoder
+    from qrealign.data.prompts import read_prompts
+    from qrealign.models.source import open_model
+    from qrealign.pipeline.models import ModelPool
+
+    demo = demo_paths()
+    source = open_model(str(demo.aligned), adapter=str(demo.adapter))
+    ours = ModelPool(torch.device("cpu")).packed("realigned", source, parse_scheme("w8a8"), demo_run / "model")
+    theirs = AutoModelForCausalLM.from_pretrained(demo_run / "model", dtype=torch.float32).eval()
+    encoder = ChatEncoder(source.tokenizer(), max_length=256)
+    texts = [
+        prompt.text
+        for role, file in (("malicious", demo.eval_harmful), ("benign", demo.eval_benign))
+        for prompt in read_prompts(str(file), role=role)[:8]
+    ]
+    batch = encoder.pad(encoder.encode_many(texts), side="left")
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    with torch.no_grad():
+        assert torch.equal(ours(**inputs).logits, theirs(**inputs).logits)
+        answers = [
+            model.generate(**inputs, max_new_tokens=16, do_sample=False, pad_token_id=0) for model in (ours, theirs)
+        ]
+    assert torch.equal(*answers)
+
+
+def test_a_finished_run_is_not_run_again(demo_run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (demo_run / "model").glob("*.safetensors")}
+    start = time.perf_counter()
+    assert main([*SHORT, "--output", str(demo_run), "--max-new-tokens", "16", "--resume", "--json", "--quiet"]) == 0
+    assert time.perf_counter() - start < 30
+    assert json.loads(capsys.readouterr().out) == json.loads((demo_run / "report.json").read_text())
+    assert before == {path: path.stat().st_mtime_ns for path in (demo_run / "model").glob("*.safetensors")}
+
+
+def test_a_changed_run_is_refused(demo_run, capsys):
+    assert main([*SHORT, "--output", str(demo_run), "--max-new-tokens", "16", "--seed", "1", "--quiet"]) != 0
+    assert "settings.seed: 0 -> 1" in capsys.readouterr().err
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    assert main(["--dry-run", "--output", str(tmp_path / "o")]) == 0
+    said = capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+    for word in ("llama", "chat template", "vLLM", "disjoint", "memory", "time", "disk"):
+        assert word in said
+
+
+def weights(folder):
+    found = {}
+    for file in sorted((folder / "model").glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return found
+
+
+@pytest.mark.parametrize(
+    ("flags", "progress"),
+    [(SHORT, "endtoend.safetensors"), (BLOCKWISE, "streams.safetensors")],
+    ids=["endtoend", "blockwise"],
+)
+def test_kill_9_and_resume_give_the_same_bits(tmp_path, flags, progress):
+    whole = command(tmp_path / "whole", *flags)
+    assert whole.wait() == 0, whole.stderr.read()
+    killed = command(tmp_path / "killed", *flags)
+    while not (tmp_path / "killed" / "state" / progress).exists():
+        assert killed.poll() is None, killed.stderr.read()
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / "model").exists()
+    resumed = command(tmp_path / "killed", *flags, "--resume")
+    assert resumed.wait() == 0, resumed.stderr.read()
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_interrupt_is_clean(tmp_path):
+    running = command(tmp_path / "o", *SHORT, "--steps", "2000")
+    while not (tmp_path / "o" / "state" / "endtoend.safetensors").exists():
+        assert running.poll() is None, running.stderr.read()
+        time.sleep(0.01)
+    running.send_signal(signal.SIGINT)
+    assert running.wait() == 130
+    error = running.stderr.read()
+    assert "continues where it stopped" in error and "Traceback" not in error
+
+
+def test_streamed_blocks_give_the_same_bits(tmp_path, monkeypatch):
+    """A model that does not fit is trained, packed and read with its weights streamed, to the same result."""
+    flags = [
+        *model_flags(),
+        "--samples",
+        "24",
+        "--steps",
+        "4",
+        "--batch-size",
+        "4",
+        "--eval",
+        "none",
+        "--quiet",
+        "--device",
+        "cpu",
+    ]
+    assert main([*flags, "--output", str(tmp_path / "resident")]) == 0
+    monkeypatch.setattr("qrealign.pipeline.models.RESIDENT_SHARE", 0.0)
+    assert main([*flags, "--output", str(tmp_path / "streamed")]) == 0
+    expected, found = weights(tmp_path / "resident"), weights(tmp_path / "streamed")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
