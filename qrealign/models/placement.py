@@ -40,6 +40,14 @@ def move_buffers(root: nn.Module, device: torch.device | str) -> None:
                 module._buffers[leaf] = buffer.to(device)
 
 
+def release_weights(root: nn.Module) -> None:
+    """Move every parameter that needs no gradient to the meta device; trainable parameters and buffers stay."""
+    for module in root.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and not parameter.requires_grad:
+                module._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
 def save_contents(root: nn.Module) -> Contents:
     """Return what `root` and its submodules hold: their children, parameters and buffers, by reference."""
     return {
