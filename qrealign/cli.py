@@ -9,14 +9,14 @@ from qrealign.calibrate.methods import EDITS, ENGINES, METHODS
 from qrealign.pipeline.options import EVALUATION_SIZES, RunOptions, merge_options
 
 _EPILOG = """\
-Without --model the shipped demo is realigned into out/demo. Models are folders or Hub ids; data are files (.json, .jsonl,
-.csv, .txt, also .gz) or Hub ids, with an optional filter: file.jsonl.gz?source=advbench,xstest. Data options take several
-values. What is not given is taken from the prompts shipped with the project.
+Without --model the shipped demo is realigned into out/demo. Models are folders or Hub ids; data are files (.json,
+.jsonl, .csv, .txt, also .gz) or Hub ids, with an optional filter: file.jsonl.gz?source=advbench,xstest. Data options
+take several values. What is not given is taken from the prompts shipped with the project.
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of `python -m qrealign.run`. Flags left out are absent, so that a configuration file can fill them."""
+    """Return the parser of `python -m qrealign.run`. Flags left out are absent, so a configuration file fills them."""
     parser = argparse.ArgumentParser(
         prog="python -m qrealign.run",
         description="Quantize a fine-tuned model and repair its safety in the same step.",

@@ -18,8 +18,8 @@ GROUP_SIZES = (128, 64, 32)  # the sizes that the servers' 4-bit kernels take, l
 class QuantArgs:
     """Recipe of one tensor: `code = clamp(round(x / scale) + zero_point, qmin, qmax)`.
 
-    `per_channel`: one scale per output row; `per_group`: one per `group_size` inputs of a row; `per_token`: dynamic, one
-    per activation row.
+    `per_channel`: one scale per output row; `per_group`: one per `group_size` inputs of a row; `per_token`: dynamic,
+    one per activation row.
     """
 
     num_bits: int
@@ -69,10 +69,10 @@ _SUPPORTED = {("8", "8"), ("8", "16"), ("4", "16"), ("4", "8"), ("4", "4")}
 
 
 def parse_scheme(name: str) -> QuantScheme:
-    """Return the scheme called `name`: w8a8, w8a16, w4a16, w4a8 or w4a4, with `_g64`, `_channel` and `_asym` as suffixes.
+    """Return the scheme called `name`: w8a8, w8a16, w4a16, w4a8 or w4a4, with the suffixes `_g64`, `_channel`, `_asym`.
 
-    8-bit weights are per channel, 4-bit ones per group of 128; activations are dynamic per token. `_asym` gives 4-bit weights
-    a zero point; 8-bit weights stay symmetric, because no server takes them otherwise.
+    8-bit weights are per channel, 4-bit ones per group of 128; activations are dynamic per token. `_asym` gives 4-bit
+    weights a zero point; 8-bit weights stay symmetric, because no server takes them otherwise.
 
     Raises:
         SchemeError: the name is none of these.
@@ -80,7 +80,8 @@ def parse_scheme(name: str) -> QuantScheme:
     match = _NAME.fullmatch(name.lower())
     if match is None or (match["weight"], match["act"]) not in _SUPPORTED:
         raise SchemeError(
-            f"unknown scheme {name!r}: use w8a8, w8a16, w4a16, w4a8 or w4a4 (4-bit ones take _g32/_g64/_g128, _channel, _asym)"
+            f"unknown scheme {name!r}: use w8a8, w8a16, w4a16, w4a8 or w4a4 "
+            "(4-bit ones take _g32/_g64/_g128, _channel, _asym)"
         )
     if match["weight"] == "8" and (match["asym"] or match["group"] or match["channel"]):
         raise SchemeError(

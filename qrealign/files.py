@@ -6,15 +6,19 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from qrealign.errors import QrealignError
 
 _CHUNK_BYTES = 1 << 22
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -23,22 +27,48 @@ def write_aside(path: Path) -> Iterator[Path]:
 
     Works for files and for folders (an existing folder at `path` is replaced). A full disk becomes a `QrealignError`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    remove(aside)
     try:
-        yield aside
-        if path.is_dir():
-            remove(path)
-        os.replace(aside, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise QrealignError(
-                f"the disk is full while writing {path}: free some space and run the same command again"
-            ) from error
-        raise
+        with explain_full_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove(aside)
+            yield aside
+            move_into_place(aside, path)
     finally:
         remove(aside)
+
+
+def move_into_place(new: Path, path: Path) -> None:
+    """Rename `new` onto `path`. A folder there is renamed aside first and removed last, so it is never half gone."""
+    old = path.with_name(f".{path.name}.replaced")
+    if path.is_dir():
+        remove(old)  # left by a process that was killed
+        os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except OSError:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        raise
+    remove(old)
+
+
+@contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Turn a full disk while `path` is written into a `QrealignError`.
+
+    The safetensors library raises an error class of its own, which carries the system's error number in its text only.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        told = re.search(r"(?:os error|code:) (\d+)\b", str(error)) if isinstance(error, SafetensorError) else None
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number not in _DISK_FULL:
+            raise
+        raise QrealignError(
+            f"the disk is full while writing {path}: free some space and run the same command again"
+        ) from error
 
 
 def remove(path: Path) -> None:

@@ -17,7 +17,8 @@ class ResourceMeter:
     """Measures stages, one at a time.
 
     Host memory is the anonymous resident memory of this process: file pages mapped from checkpoints are not counted,
-    because the kernel drops them under pressure. Where the system does not tell them apart, the whole resident set is taken.
+    because the kernel drops them under pressure. Where the system does not tell them apart, the whole resident set is
+    taken.
     """
 
     def __init__(self, device: str = "cpu") -> None:

@@ -77,29 +77,11 @@ def full_report() -> RunReport:
             "harmful_score": {"delta": -90.8, "p_value": 1e-40, "low": -94.1, "high": -86.2, "n": 230},
         },
         stages=[
-            StageRecord(
-                name="preflight", wall_seconds=1.2, gpu_hours=0.0, peak_device_bytes=0, peak_host_bytes=310 << 20
-            ),
-            StageRecord(
-                name="probe", wall_seconds=4.1, gpu_hours=0.001, peak_device_bytes=220 << 20, peak_host_bytes=480 << 20
-            ),
-            StageRecord(
-                name="calibrate",
-                wall_seconds=61.0,
-                gpu_hours=0.017,
-                peak_device_bytes=1400 << 20,
-                peak_host_bytes=910 << 20,
-            ),
-            StageRecord(
-                name="pack", wall_seconds=2.3, gpu_hours=0.001, peak_device_bytes=220 << 20, peak_host_bytes=620 << 20
-            ),
-            StageRecord(
-                name="evaluate",
-                wall_seconds=33.0,
-                gpu_hours=0.009,
-                peak_device_bytes=520 << 20,
-                peak_host_bytes=700 << 20,
-            ),
+            _stage("preflight", 1.2, 0.0, device_mib=0, host_mib=310),
+            _stage("probe", 4.1, 0.001, device_mib=220, host_mib=480),
+            _stage("calibrate", 61.0, 0.017, device_mib=1400, host_mib=910),
+            _stage("pack", 2.3, 0.001, device_mib=220, host_mib=620),
+            _stage("evaluate", 33.0, 0.009, device_mib=520, host_mib=700),
         ],
         blocks=_blocks(),
         curves=_curves(),
@@ -152,6 +134,16 @@ def full_report() -> RunReport:
 def bare_report() -> RunReport:
     """Return a run that has nothing but its scheme and method."""
     return RunReport(scheme="w4a16", method="rtn")
+
+
+def _stage(name: str, seconds: float, gpu_hours: float, *, device_mib: int, host_mib: int) -> StageRecord:
+    return StageRecord(
+        name=name,
+        wall_seconds=seconds,
+        gpu_hours=gpu_hours,
+        peak_device_bytes=device_mib << 20,
+        peak_host_bytes=host_mib << 20,
+    )
 
 
 def _blocks() -> list[BlockRecord]:

@@ -1,7 +1,7 @@
 """The block-wise engine: one block in memory, learned against its targets, then frozen, then the next.
 
-Streams: the fine-tuned model's (target of every benign sample), the student's own (input of the block being trained) and,
-where the method asks for it, the aligned model's (target of the malicious samples).
+Streams: the fine-tuned model's (target of every benign sample), the student's own (input of the block being trained)
+and, where the method asks for it, the aligned model's (target of the malicious samples).
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ class BlockwiseCalibrator:
 
 @torch.no_grad()
 def freeze_block(block: nn.Module, storage_dtype: torch.dtype) -> nn.Module:
-    """Replace fake quantization by codes, round every other parameter to what the checkpoint stores, and return the block."""
+    """Replace fake quantization by codes, round every other parameter as the checkpoint stores it; return the block."""
     freeze_linears(block)
     for parameter in block.parameters():
         parameter.copy_(parameter.to(storage_dtype))

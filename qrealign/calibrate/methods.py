@@ -20,12 +20,12 @@ class CalibrationSettings:
     """Everything that decides what calibration computes.
 
     `malicious_target`, block-wise: "reconstruction" fits the fine-tuned model's block, "probe" asks the aligned model's
-    probe for "malicious", "aligned" fits the aligned model's block. End-to-end both classes are KL divergences, malicious
-    prompts to the aligned model and all others to the fine-tuned one.
+    probe for "malicious", "aligned" fits the aligned model's block. End-to-end both classes are KL divergences,
+    malicious prompts to the aligned model and all others to the fine-tuned one.
 
-    `epochs` is the block-wise base: half of it for the first half of the blocks, one and a half for the others. `steps` is
-    the end-to-end count. `task_share` and `borderline_share`, relative to `samples`, add prompts of those kinds to the benign
-    class. Learning rates of 0 leave that class of parameters out. `edit_budget` bounds the edit's Frobenius
+    `epochs` is the block-wise base: half of it for the first half of the blocks, one and a half for the others. `steps`
+    is the end-to-end count. `task_share` and `borderline_share`, relative to `samples`, add prompts of those kinds to
+    the benign class. Learning rates of 0 leave that class of parameters out. `edit_budget` bounds the edit's Frobenius
     norm relative to the weight's. `benign_weight` multiplies the benign loss, end-to-end.
     """
 

@@ -47,18 +47,15 @@ class Attached:
 
 def attach_clipping(context: BlockContext) -> Attached:
     """Give every linear its two clipping logits per group."""
-    for layer in context.layers.values():
+    parameters: dict[str, nn.Parameter] = {}
+    for name, layer in context.layers.items():
         layer.clipping = LearnableWeightClipping(
             (layer.out_features, layer.in_features),
             layer.scheme.weights,
             start=context.settings.clip_start,
             device=layer.weight.device,
         )
-    parameters = {
-        f"{name}.clipping.{key}": value
-        for name, layer in context.layers.items()
-        for key, value in layer.clipping.named_parameters()
-    }  # type: ignore[union-attr]
+        parameters |= {f"{name}.clipping.{key}": value for key, value in layer.clipping.named_parameters()}
     return Attached(parameters=parameters, learning_rate=context.settings.clip_learning_rate)
 
 

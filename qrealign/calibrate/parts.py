@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -14,8 +14,16 @@ from qrealign.errors import DeviceError
 
 logger = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
+Batch = TypeVar("Batch", bound="Sliceable")
+
+
+class Sliceable(Protocol):
+    """A sequence or a tensor: it has a length, and slices of it are of its own kind."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self: Batch, part: slice, /) -> Batch: ...
 
 
 class Parts:
@@ -30,7 +38,7 @@ class Parts:
         self.size = size
         self.reset = reset
 
-    def run(self, work: Callable[[Sequence[Item]], Result], items: Sequence[Item]) -> list[Result]:
+    def run(self, work: Callable[[Batch], Result], items: Batch) -> list[Result]:
         """Return what `work` makes of each part of `items`, in order.
 
         Raises:

@@ -17,7 +17,7 @@ def final_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
 
 
 def readout(model: PreTrainedModel, hidden: Tensor, head_weight: Tensor | None = None) -> Tensor:
-    """Return the logits `[P, V]` of hidden states `[P, H]`, as the model's own head computes them (soft-capping included).
+    """Return the logits `[P, V]` of hidden states `[P, H]` as the model's own head gives them, soft-capping included.
 
     Args:
         model: any causal language model whose head is on the device of `hidden`.

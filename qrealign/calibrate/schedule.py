@@ -1,4 +1,4 @@
-"""Which samples meet in which step, and how fast parameters move: all from the seed, so that a resumed run repeats it."""
+"""Which samples meet in which step, and how fast parameters move: all from the seed, so a resumed run repeats it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def stratified_batches(
 ) -> Iterator[list[int]]:
     """Yield endless batches of sample indices, each with the same share of malicious samples.
 
-    A class is reshuffled whenever it has been used up. With a batch of one the classes alternate so that every stretch of
-    steps holds the share.
+    A class is reshuffled whenever it has been used up. With a batch of one the classes alternate so that every stretch
+    of steps holds the share.
     """
     rng = random.Random(seed)
     malicious_pool, benign_pool = _Pool(malicious, rng), _Pool(benign, rng)

@@ -17,7 +17,8 @@ class Inputs:
     """The calibration samples as the blocks see them.
 
     `mask` `[N, T]` is 1 at real tokens; `last_index` `[N]` is each prompt's last real position; `malicious` `[N]` bool;
-    `kwargs` holds, per block, the keyword arguments that Hugging Face's own forward passes it, batched over N, on the device.
+    `kwargs` holds, per block, the keyword arguments that Hugging Face's own forward passes it, batched over N, on the
+    device.
     """
 
     mask: Tensor
@@ -34,7 +35,7 @@ class Inputs:
 def advance(
     block: nn.Module, index: int, stream: Tensor, inputs: Inputs, *, rows: Tensor, batch_size: int, device: torch.device
 ) -> Tensor:
-    """Return the stream after the block, `[N, T, H]` on the host; only `rows` are computed, the others stay as they are."""
+    """Return the stream after the block, `[N, T, H]` on the host; only `rows` are computed, the others stay."""
     result = stream.clone()
     for chunk in rows.split(batch_size):
         result[chunk] = run_block(block, stream[chunk].to(device), inputs.kwargs_of(index, chunk)).cpu()

@@ -30,8 +30,8 @@ JUDGED_TOKENS = 24  # enough of an answer for the refusal rule
 class TeacherSample:
     """One prompt with its teacher's answer, and where the teacher is to be matched.
 
-    `input_ids` `[T]` int64; `positions` `[P]` int64 into it; `weights` `[P]` float32, summing to 1; `hidden` `[P, H]`, the
-    teacher's final hidden states there.
+    `input_ids` `[T]` int64; `positions` `[P]` int64 into it; `weights` `[P]` float32, summing to 1; `hidden` `[P, H]`,
+    the teacher's final hidden states there.
     """
 
     label: Label

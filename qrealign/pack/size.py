@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qrealign.config import QuantScheme
-from qrealign.errors import ConfigError, QrealignError
+from qrealign.errors import QrealignError
 from qrealign.pack.format import INT_FORMAT, storage_format
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ def estimate_packed_bytes(source: ModelSource, scheme: QuantScheme) -> int:
 
 
 def existing_ancestor(path: Path) -> Path:
-    """Return `path`, or the nearest folder above it that exists."""
+    """Return `path`, or the nearest file or folder above it that exists and can be seen."""
     path = path.absolute()
-    while not path.exists():
+    while not os.path.exists(path):  # unlike Path.exists, false below a folder that may not be entered
         path = path.parent
     return path
 
@@ -62,26 +62,3 @@ def require_free_disk(directory: Path, needed_bytes: int) -> int:
             "free some space or choose another --output"
         )
     return free
-
-
-def check_output_folder(directory: Path, *, marker: str) -> None:
-    """Accept a folder that is absent, empty, or an earlier output, which holds the file `marker`.
-
-    Raises:
-        ConfigError: `directory` is a file, cannot be written to, or holds something else.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"the output {directory} is a file: choose a folder")
-    holder = existing_ancestor(directory)
-    if not holder.is_dir():
-        raise ConfigError(f"the output {directory} cannot be made, because {holder} is a file: choose another folder")
-    if not os.access(holder, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"the output folder {directory} cannot be written to: choose another, or change its permissions"
-        )
-    names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
-    if names and marker not in names:
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise ConfigError(
-            f"the output folder {directory} holds something else ({shown}): choose an empty or a new folder"
-        )

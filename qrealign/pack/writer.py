@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from qrealign.config import QuantScheme
-from qrealign.errors import CheckpointFormatError, ConfigError, QrealignError
-from qrealign.files import read_json, remove, sha256_of_text, write_json, write_tensors
+from qrealign.errors import CheckpointFormatError, ConfigError
+from qrealign.files import (
+    explain_full_disk,
+    move_into_place,
+    read_json,
+    remove,
+    sha256_of_text,
+    write_json,
+    write_tensors,
+)
 from qrealign.models.checkpoint import INDEX_NAME, WeightFiles, read_header
 from qrealign.pack.blocks import as_stored, block_tensors, compare_block, rename
 from qrealign.pack.format import quantization_config
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     from qrealign.models.source import ModelSource
 
 _CONFIG = "config.json"
+_METADATA = {"format": "pt"}
 # Everything a server reads beside the weights; what the source lacks is passed over.
 _COMPANIONS = (
     "generation_config.json",
@@ -116,7 +122,7 @@ class CheckpointWriter:
             QrealignError: the disk is full.
         """
         shard = self._shard(index + 1)
-        self._write(shard, block_tensors(block, index, self.source, self.scheme))
+        write_tensors(shard, block_tensors(block, index, self.source, self.scheme), _METADATA)
         comparison = compare_block(WeightFiles([shard]), block, index, self.source, self.scheme)
         if comparison.differing_codes or comparison.problems:
             raise CheckpointFormatError(
@@ -134,9 +140,10 @@ class CheckpointWriter:
         names = [name for name in self.source.shapes if not name.startswith(f"{self.source.spec.blocks}.")]
         if missing := [name for name in names if name not in state]:
             raise ValueError(f"the tensors outside the blocks lack {', '.join(missing)}")
-        self._write(
+        write_tensors(
             self._shard(0),
             {rename(name, self.source): as_stored(state[name], self.source.storage_dtype) for name in names},
+            _METADATA,
         )
 
     def finish(self, provenance: Mapping[str, Any] | None = None) -> Path:
@@ -157,28 +164,23 @@ class CheckpointWriter:
         weight_map = {name: shard for shard, tensors in headers.items() for name in tensors}
         total = sum(info.num_bytes for tensors in headers.values() for info in tensors.values())
         ignore = unquantized_linears(self.source, weight_map)
-        with _clear_disk_errors(self.directory):
-            write_json(
-                self.folder / INDEX_NAME,
-                {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
-            )
-            config = source_config(self.source)
-            config["quantization_config"] = quantization_config(
-                self.scheme, ignore, provenance={**(provenance or {}), "run": self._key}
-            )
-            write_json(self.folder / _CONFIG, config)
+        write_json(
+            self.folder / INDEX_NAME,
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+        )
+        config = source_config(self.source)
+        config["quantization_config"] = quantization_config(
+            self.scheme, ignore, provenance={**(provenance or {}), "run": self._key}
+        )
+        write_json(self.folder / _CONFIG, config)
+        with explain_full_disk(self.directory):
             self._copy_companions()
-        remove(self.directory)
-        os.replace(self.folder, self.directory)
+        move_into_place(self.folder, self.directory)
         remove(self._marker)
         return self.directory
 
     def _shard(self, number: int) -> Path:
         return self.folder / f"model-{number + 1:05d}-of-{self.source.num_blocks + 1:05d}.safetensors"
-
-    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        with _clear_disk_errors(self.directory):
-            write_tensors(path, tensors, {"format": "pt"})
 
     def _copy_companions(self) -> None:
         for name in _COMPANIONS:
@@ -240,17 +242,3 @@ def _finished_key(directory: Path) -> str | None:
         return str(read_json(directory / _CONFIG)["quantization_config"]["qrealign"]["run"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-@contextmanager
-def _clear_disk_errors(directory: Path) -> Iterator[None]:
-    """Turn a full disk into one sentence; the safetensors writer has an error class of its own."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error)
-        if full:
-            raise QrealignError(
-                f"the disk is full while writing {directory}: free some space and run the same command again"
-            ) from error
-        raise

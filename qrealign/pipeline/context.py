@@ -26,7 +26,7 @@ PROMPT_TOKENS = 1024  # most tokens of a prompt outside calibration
 
 @dataclass(kw_only=True)
 class RunContext:
-    """A run that has passed its checks. `say` prints a line for the user, `progress` labels a bar or is None when quiet."""
+    """A run that has passed its checks. `say` prints a line for the user; `progress` labels a bar, None when quiet."""
 
     options: RunOptions
     settings: CalibrationSettings
@@ -106,11 +106,13 @@ def build_context(options: RunOptions, say: Callable[[str], None]) -> RunContext
     if scheme != wanted:
         groups = f"groups of {scheme.weights.group_size}" if scheme.weights.group_size else "whole rows"
         context.notes.append(
-            f"{wanted.name}: not every layer's width is a multiple of {wanted.weights.group_size}, so weights share scales over {groups}"
+            f"{wanted.name}: not every layer's width is a multiple of {wanted.weights.group_size}, "
+            f"so weights share scales over {groups}"
         )
     if not finetuned.spec.known:
         context.notes.append(
-            f"model type {finetuned.spec.model_type!r} is not in the architecture table: no channel scales are learned for it"
+            f"model type {finetuned.spec.model_type!r} is not in the architecture table: "
+            "no channel scales are learned for it"
         )
     return context
 
@@ -119,7 +121,8 @@ def _open_models(options: RunOptions) -> tuple[ModelSource, ModelSource | None, 
     """Open the fine-tuned, the aligned and the base model; the demo's where none is named."""
     if options.is_demo:
         demo = demo_paths()
-        finetuned, aligned = open_model(str(demo.aligned), adapter=str(demo.adapter)), open_model(str(demo.aligned))
+        finetuned = open_model(str(demo.aligned), adapter=str(demo.adapter))
+        aligned: ModelSource | None = open_model(str(demo.aligned))
     else:
         finetuned = open_model(str(options.model), adapter=options.adapter)
         aligned = open_model(options.aligned) if options.aligned else None

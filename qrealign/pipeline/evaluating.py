@@ -57,7 +57,7 @@ def run_evaluation(context: RunContext) -> dict[str, ModelScores]:
         perplexity_tokens=PERPLEXITY_TOKENS[options.eval],
         progress=not options.quiet,
     )
-    scores = {}
+    scores: dict[str, ModelScores] = {}
     for name in model_names(context):
         if name == "realigned" and context.settings.engine == "none":
             scores[name] = scores["quantized"]
@@ -72,14 +72,14 @@ def run_evaluation(context: RunContext) -> dict[str, ModelScores]:
 
 
 def run_analysis(context: RunContext, probe: SafetyProbe | None) -> tuple[list[BlockRecord], list[Projection]]:
-    """Return, per block, separability and distances to the teachers on evaluation prompts, and pictures of a few blocks."""
+    """Return, per block, separability and distances to the teachers on evaluation prompts; and pictures of a few."""
     evaluation = context.data.evaluation
     malicious, benign = evaluation.harmful[:ANALYSED_PROMPTS], evaluation.benign[:ANALYSED_PROMPTS]
     if len(malicious) < 2 or len(benign) < 2:
         return [], []
     labels = torch.tensor([1] * len(malicious) + [0] * len(benign))
     prompts = [prompt.text for prompt in (*malicious, *benign)]
-    states = {}
+    states: dict[str, Tensor] = {}
     for name in model_names(context):
         if name == "realigned" and context.settings.engine == "none":
             states[name] = states["quantized"]
@@ -118,7 +118,7 @@ def _block_records(states: dict[str, Tensor], labels: Tensor, probe: SafetyProbe
 
 
 def _distances(states: dict[str, Tensor], labels: Tensor, index: int) -> dict[str, float]:
-    """Return how far the realigned model is from its teachers at one block: squared distance relative to the teacher's norm."""
+    """Return how far the realigned model is from its teachers at one block: squared, relative to the teacher's norm."""
     realigned, malicious = states["realigned"][index], labels == 1
     distances = {"benign_to_finetuned": _relative(realigned[~malicious], states["finetuned"][index][~malicious])}
     if "aligned" in states:

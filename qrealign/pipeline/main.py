@@ -22,8 +22,8 @@ from qrealign.pipeline.preflight import preflight
 from qrealign.pipeline.probing import run_probe_stage
 from qrealign.pipeline.reporting import analysis_from_json, analysis_to_json, build_report, write_everything
 from qrealign.probes.probe import SafetyProbe
-from qrealign.records import CurvePoint
-from qrealign.report.model import RunReport
+from qrealign.records import BlockRecord, CurvePoint, ModelScores
+from qrealign.report.model import Projection, RunReport
 
 
 def run(options: RunOptions, say: Callable[[str], None]) -> RunReport | None:
@@ -100,7 +100,9 @@ def pack(context: RunContext) -> None:
 def prove(context: RunContext, probe: SafetyProbe | None) -> RunReport:
     """Stages "evaluate" and "analyse", and the report made from them."""
     workspace = context.workspace
-    scores, blocks, projections = {}, [], []
+    scores: dict[str, ModelScores] = {}
+    blocks: list[BlockRecord] = []
+    projections: list[Projection] = []
     if context.options.eval != "none":
         with workspace.once("evaluate", context.meter):
             scores = run_evaluation(context)

@@ -42,8 +42,8 @@ def choose_device(name: str) -> torch.device:
         raise DeviceError(f"--device {name!r} is no device: use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise DeviceError(
-            f"--device {name} was asked for, but this machine shows torch {torch.cuda.device_count()} GPUs: use --device cpu, or "
-            "install a CUDA build of torch and its driver"
+            f"--device {name} was asked for, but this machine shows torch {torch.cuda.device_count()} GPUs: "
+            "use --device cpu, or install a CUDA build of torch and its driver"
         )
     if device.type not in ("cpu", "cuda"):
         raise DeviceError(f"--device {name} is not supported: use cpu or cuda")
@@ -66,7 +66,7 @@ def free_bytes(device: torch.device) -> int:
 
 def add_shells(model: PreTrainedModel, source: ModelSource, scheme: QuantScheme) -> None:
     """Replace the linears of a skeleton's blocks by `QuantizedLinear` layers without values."""
-    for block in model.get_submodule(source.spec.blocks):
+    for block in source.spec.blocks_of(model):
         replace_modules(block, nn.Linear, lambda linear: QuantizedLinear.empty(linear, scheme), source.spec.skip)
 
 

@@ -65,7 +65,8 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.model is None and (self.aligned or self.adapter):
             raise ConfigError(
-                "--aligned and --adapter need --model: name the fine-tuned model, or the model that the adapter belongs to"
+                "--aligned and --adapter need --model: name the fine-tuned model, "
+                "or the model that the adapter belongs to"
             )
         if self.model is not None and self.output is None:
             raise ConfigError("--output is missing: name the folder that will hold the packed model and the report")
@@ -82,7 +83,8 @@ class RunOptions:
             and (settings.uses_aligned or (settings.uses_probe and self.probe is None))
         ):
             raise ConfigError(
-                f"method {self.method!r} learns from the aligned model: name it with --aligned (the chat model before fine-tuning)"
+                f"method {self.method!r} learns from the aligned model: name it with --aligned "
+                "(the chat model before fine-tuning)"
             )
 
     @property

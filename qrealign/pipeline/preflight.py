@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 
 import torch
 
 from qrealign.calibrate.schedule import block_epochs
 from qrealign.pack.format import quantization_config
-from qrealign.pack.runtimes import compatible_runtimes
+from qrealign.pack.runtimes import Runtime, compatible_runtimes
 from qrealign.pack.size import estimate_packed_bytes, require_free_disk
 from qrealign.pipeline.context import RunContext
 from qrealign.pipeline.evaluating import NEW_TOKENS, PERPLEXITY_TOKENS, model_names
@@ -29,46 +28,41 @@ def preflight(context: RunContext) -> list[str]:
     """
     source, packed = context.finetuned, estimate_packed_bytes(context.finetuned, context.scheme)
     state = state_bytes(context)
-    require_free_disk(context.workspace.directory, packed + state)
+    free = require_free_disk(context.workspace.directory, packed + state)
     seconds = estimate_seconds(context)
     low, high = (seconds * factor for factor in RANGE)
     template = "chat template" if context.encoder.has_template else "no chat template (plain form)"
     counts = context.data.counts()
     lines = [
-        f"model       {source.name}: {source.spec.model_type}, {source.num_blocks} blocks, {source.total_bytes / GIB:.2f} GiB, {template}",
-        f"method      {context.settings.method}, engine {context.settings.engine}, scheme {context.scheme.name}, on {context.device}",
+        f"model       {source.name}: {source.spec.model_type}, {source.num_blocks} blocks, "
+        f"{source.total_bytes / GIB:.2f} GiB, {template}",
+        f"method      {context.settings.method}, engine {context.settings.engine}, scheme {context.scheme.name}, "
+        f"on {context.device}",
         "prompts     " + ", ".join(f"{count} {name}" for name, count in counts.items() if count),
         "overlap     evaluation prompts are disjoint from calibration and probe prompts (checked)",
     ]
     lines += [f"runtime     {runtime_line(runtime)}" for runtime in _runtimes(context)]
     lines += [
-        f"disk        {packed / GIB:.2f} GiB for the checkpoint, {state / GIB:.2f} GiB for resuming, {free_disk(context) / GIB:.0f} GiB free",
+        f"disk        {packed / GIB:.2f} GiB for the checkpoint, {state / GIB:.2f} GiB for resuming, "
+        f"{free / GIB:.0f} GiB free",
         f"memory      about {memory_bytes(context) / GIB:.1f} GiB on {context.device}",
         f"time        about {duration(low)} to {duration(high)} (counted work at this machine's measured rate)",
     ]
     return lines + [f"note        {note}" for note in context.notes]
 
 
-def runtime_line(runtime: object) -> str:
+def runtime_line(runtime: Runtime) -> str:
     """Return one runtime's answer as a line."""
-    answer = f"{runtime.kernel}; {runtime.gpus}" if runtime.accepted else f"refused: {runtime.why}"  # type: ignore[attr-defined]
-    return f"{runtime.name}: {answer}"  # type: ignore[attr-defined]
+    answer = f"{runtime.kernel}; {runtime.gpus}" if runtime.accepted else f"refused: {runtime.why}"
+    return f"{runtime.name}: {answer}"
 
 
-def _runtimes(context: RunContext) -> list[object]:
+def _runtimes(context: RunContext) -> list[Runtime]:
     config = {
         **context.finetuned.config.to_dict(),
         "quantization_config": quantization_config(context.scheme, ["lm_head"]),
     }
-    return list(compatible_runtimes(config, context.finetuned.linear_shapes()))
-
-
-def free_disk(context: RunContext) -> int:
-    """Return the free bytes of the disk that the output folder is or will be on."""
-    folder = context.workspace.directory.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return compatible_runtimes(config, context.finetuned.linear_shapes())
 
 
 def state_bytes(context: RunContext) -> int:
@@ -102,7 +96,7 @@ def memory_bytes(context: RunContext) -> int:
 
 
 def estimate_seconds(context: RunContext) -> float:
-    """Return the run's seconds from its floating-point operations and the rate of a short matrix product on the device."""
+    """Return the run's seconds from its floating-point operations and the device's rate in a short matrix product."""
     rate = measured_flops(context.device, context.pool.dtype)
     weights = sum(rows * columns for rows, columns in context.finetuned.linear_shapes().values())
     training, answering = training_tokens(context), answering_tokens(context)

@@ -31,7 +31,7 @@ QUICK_HARMFUL, QUICK_PER_SOURCE, QUICK_BENIGN, QUICK_OVER_REFUSAL, QUICK_TASK = 
 
 @dataclass(kw_only=True)
 class CalibrationPrompts:
-    """The prompts that calibration sees; `benign`, `task` and `borderline` are all answered as the fine-tuned model does."""
+    """The prompts that calibration sees; `benign`, `task` and `borderline` are answered as by the fine-tuned model."""
 
     malicious: list[Prompt]
     benign: list[Prompt]
@@ -159,8 +159,8 @@ def _task_pools(options: RunOptions, shipped: str, shipped_test: str) -> tuple[l
 def _draw(pool: list[Prompt], count: int, seed: int, flag: str, settings: CalibrationSettings) -> list[Prompt]:
     if len(pool) < count:
         raise DataError(
-            f"{flag} has {len(pool)} usable prompts for calibration, but --samples {settings.samples} with --malicious-share "
-            f"{settings.malicious_share:g} needs {count}: give more prompts or lower --samples"
+            f"{flag} has {len(pool)} usable prompts for calibration, but --samples {settings.samples} with "
+            f"--malicious-share {settings.malicious_share:g} needs {count}: give more prompts or lower --samples"
         )
     return sample(pool, count, seed)
 
@@ -168,7 +168,7 @@ def _draw(pool: list[Prompt], count: int, seed: int, flag: str, settings: Calibr
 def _evaluation(
     specs: tuple[str, ...], held_out: list[Prompt], shipped: str, role: Role, word: str, notes: list[str]
 ) -> list[Prompt]:
-    """Return evaluation prompts: the user's, else those held out of the user's calibration data, else the shipped ones."""
+    """Return evaluation prompts: the user's, else those held out of their calibration data, else the shipped ones."""
     if specs:
         return _read(specs, role)
     if held_out:
@@ -200,7 +200,10 @@ def _quick(data: EvaluationData, seed: int) -> EvaluationData:
 
 
 def _keep_apart(training: list[Prompt], evaluation: EvaluationData, options: RunOptions) -> EvaluationData:
-    """Refuse evaluation files that share prompts with the training data; drop such prompts where we held them out ourselves."""
+    """Refuse evaluation files that share prompts with the training data.
+
+    Such prompts are dropped where we held them out ourselves.
+    """
     kept = {}
     for name, given in (
         ("harmful", options.eval_harmful),

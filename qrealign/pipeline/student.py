@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -87,8 +88,15 @@ def checkpoint_blocks(model: PreTrainedModel, blocks: list[nn.Module]) -> None:
     if not model.supports_gradient_checkpointing:
         logger.warning("this architecture cannot recompute activations: a batch takes more memory")
         return
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model)
+    block: Any  # its dropout is a plain attribute, which nn.Module does not declare
     for block in blocks:
         block.training = True
         if isinstance(getattr(block, "dropout", None), float):
             block.dropout = 0.0
+
+
+def enable_checkpointing(model: PreTrainedModel, *, use_reentrant: bool = False) -> None:
+    """Switch on Hugging Face's checkpointing by its name in this version of transformers; 5.23 warns at the old one."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from typing import Any
 
 from qrealign.errors import ConfigError, ResumeError
 from qrealign.files import read_json, remove, write_json
+from qrealign.pack.size import existing_ancestor
 from qrealign.records import StageRecord
 from qrealign.resources import ResourceMeter
 
@@ -50,8 +52,15 @@ class Workspace:
         return False
 
     def _refuse_foreign(self) -> None:
-        if self.directory.exists() and not self.directory.is_dir():
+        holder = existing_ancestor(self.directory)
+        if holder == self.directory.absolute() and not holder.is_dir():
             raise ConfigError(f"--output {self.directory} is a file: name a folder")
+        if not holder.is_dir():
+            raise ConfigError(f"--output {self.directory} cannot be made, because {holder} is a file: name a folder")
+        if not os.access(holder, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"--output {self.directory} cannot be written to: name another folder, or change its permissions"
+            )
         foreign = [
             path.name
             for path in self.directory.glob("*")
@@ -77,14 +86,20 @@ class Workspace:
 
     @contextmanager
     def stage(self, name: str, meter: ResourceMeter) -> Iterator[None]:
-        """Measure the stage and mark it done at the end. The cost of earlier, killed attempts is not known and not counted."""
+        """Measure the stage and mark it done at the end.
+
+        The cost of earlier, killed attempts is not known and not counted.
+        """
         with meter.stage(name):
             yield
         write_json(self.state / f"{name}.done.json", asdict(meter.stages[-1]))
 
     @contextmanager
     def once(self, name: str, meter: ResourceMeter) -> Iterator[None]:
-        """Measure a stage whose work looks up by itself what is done; a later look-up does not change the cost on record."""
+        """Measure a stage whose work looks up by itself what is done.
+
+        A later look-up does not change the cost on record.
+        """
         if self.done(name):
             yield
             return

@@ -47,17 +47,17 @@ class LowRankEdit(nn.Module):
 class _EditedLinear(torch.autograd.Function):
     """A linear product whose weight is passed straight through to the two factors of its edit.
 
-    The gradient of the weight, `[N, K]`, is never formed: `d_left = dY^T (X right^T)` and `d_right = (dY left)^T X` take
-    `r / K` and `r / N` of its work.
+    The gradient of the weight, `[N, K]`, is never formed: `d_left = dY^T (X right^T)` and `d_right = (dY left)^T X`
+    take `r / K` and `r / N` of its work.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, left, right)
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor]:  # type: ignore[no-untyped-def,override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor]:
         x, weight, left, right = ctx.saved_tensors
         rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
         d_left = rows.T @ (inputs @ right.T.to(x.dtype))
@@ -74,4 +74,4 @@ def edited_linear(x: Tensor, weight: Tensor, bias: Tensor | None, edit: LowRankE
         bias: `[N]`, same dtype, or None; it gets no gradient.
         edit: receives the weight's gradient straight through the rounding.
     """
-    return _EditedLinear.apply(x, weight, bias, edit.left, edit.right)  # type: ignore[no-any-return]
+    return _EditedLinear.apply(x, weight, bias, edit.left, edit.right)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,22 @@ from qrealign.quant.packed import QuantizedLinear
 from qrealign_kernels import fake_quant_per_token, fake_quant_weight, quantize_weight
 
 
+class _GridArguments(TypedDict):
+    """What the grid of a weight depends on, as the ops' keyword arguments."""
+
+    low_logit: Tensor | None
+    high_logit: Tensor | None
+    num_bits: int
+    group_size: int | None
+    symmetric: bool
+    scale_dtype: torch.dtype
+
+
 class FakeQuantLinear(nn.Module):
     """A linear layer whose weight and input pass through the quantization grid, straight-through in the backward.
 
-    The weight of the forward pass is `grid(weight * column_scale / row_divisor + edit)`. Everything learned is optional:
-    `clipping` and `edit` are submodules; the three vectors of an equivalent transform are live tensors that
+    The weight of the forward pass is `grid(weight * column_scale / row_divisor + edit)`. Everything learned is
+    optional: `clipping` and `edit` are submodules; the three vectors of an equivalent transform are live tensors that
     `quant.transform` sets while it trains (`column_scale` `[K]`, `row_divisor` `[N]`, `input_divisor` `[K]`).
 
     With `quantize` False the layer computes what the original linear computes, bit for bit.
@@ -56,7 +68,7 @@ class FakeQuantLinear(nn.Module):
             return self.bias
         return self.bias / self.row_divisor
 
-    def _grid_arguments(self) -> dict[str, object]:
+    def _grid_arguments(self) -> _GridArguments:
         low, high = self.clipping.logits() if self.clipping is not None else (None, None)
         args = self.scheme.weights
         return {
@@ -103,7 +115,10 @@ class FakeQuantLinear(nn.Module):
 
 
 def replace_modules(root: nn.Module, old: type[nn.Module], build, skip: Sequence[str] = ()) -> dict[str, nn.Module]:
-    """Replace every submodule of type `old` by `build(module)`; return the new ones by name. `skip` holds name endings."""
+    """Replace every submodule of type `old` by `build(module)`; return the new ones by name.
+
+    `skip` holds name endings.
+    """
     names = [
         name
         for name, module in root.named_modules()

@@ -62,7 +62,7 @@ class QuantizedLinear(nn.Module):
         return dequantize_weight(self.codes, self.scale, self.zero_point, out_dtype=dtype)
 
     def keep_dense(self, dtype: torch.dtype) -> None:
-        """Hold the dequantized weight in the compute dtype: many forward passes are then as fast as a plain linear's."""
+        """Hold the dequantized weight in the compute dtype: forward passes are then as fast as a plain linear's."""
         self._dense = self.dequantize(dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ def test_a_full_disk(capsys, tiny, tmp_path, monkeypatch):
 
 
 def test_an_aligned_model_that_cannot_teach(capsys, tiny, tmp_path):
-    """A random model refuses nothing: the run stops with a sentence and can be continued after the mistake is mended."""
+    """A random model refuses nothing: the run stops with a sentence and can be continued once the mistake is mended."""
     status, error = run(
         capsys,
         "--eval",

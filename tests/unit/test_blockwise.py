@@ -94,7 +94,7 @@ def test_every_target_learns(folders, tmp_path, method, scheme, options):
 
 
 def test_student_stream_is_the_chain_of_frozen_blocks(folders, tmp_path):
-    runner, blocks = calibrator(folders, tmp_path, method_settings("realign", engine="blockwise", **FAST))
+    runner, _ = calibrator(folders, tmp_path, method_settings("realign", engine="blockwise", **FAST))
     start, kept = runner.streams.student.clone(), []
     runner.on_block = lambda index, block: kept.append(__import__("copy").deepcopy(block))
     runner.run(progress=None)

@@ -1,4 +1,4 @@
-"""The end-to-end engine on tiny models: it learns, resumes bit for bit, recovers from divergence, and ends in what was trained."""
+"""The end-to-end engine: it learns, resumes bit for bit, recovers from divergence, and ends in what was trained."""
 
 from dataclasses import replace
 

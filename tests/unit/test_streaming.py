@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from qrealign.config import parse_scheme
 from qrealign.data.capture import capture_block_inputs
 from qrealign.models.source import open_model
 from qrealign.models.streaming import stream_blocks
+from qrealign.pipeline.student import enable_checkpointing
 from qrealign.quant.clipping import LearnableWeightClipping
 from qrealign.quant.fake_quant import fake_quant_linears, freeze_linears, swap_linears
 from tests.helpers import random_batch, tiny_adapter, tiny_checkpoint
@@ -88,13 +91,23 @@ def embedding_gradient(model, input_ids, run=None):
     return embeddings.grad
 
 
+def test_checkpointing_is_enabled_without_a_warning_by_either_name(source):
+    model, asked = streamed_skeleton(source), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enable_checkpointing(model)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    enable_checkpointing(SimpleNamespace(gradient_checkpointing_enable=asked.append), use_reentrant=True)
+    assert asked == [{"use_reentrant": True}]
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("enable_first", [False, True])
 def test_gradient_checkpointing_loads_again_for_the_backward_pass(source, use_reentrant, enable_first):
     input_ids, _ = random_batch()
     expected = embedding_gradient(source.load_model("cpu"), input_ids)
     model, loader = streamed_skeleton(source), CountingLoader(source)
-    enable = partial(model.gradient_checkpointing_enable, {"use_reentrant": use_reentrant})
+    enable = partial(enable_checkpointing, model, use_reentrant=use_reentrant)
     if enable_first:
         enable()
     with stream_blocks(model, source, "cpu", loader=loader):
@@ -131,7 +144,7 @@ def test_learned_parameters_of_swapped_linears_stay_and_get_gradients(merged_sou
         for name, layer in swap_linears(block, scheme, scale_dtype=torch.float32).items():
             layer.clipping = LearnableWeightClipping((layer.out_features, layer.in_features), scheme.weights)
             layers[f"{index}.{name}"] = layer
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model)
     model.train()
     with stream_blocks(model, merged_source, "cpu"):
         embedding_gradient(model, random_batch()[0])

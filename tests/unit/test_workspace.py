@@ -1,6 +1,10 @@
 """The output folder: continued, refused, or started over, and never somebody else's."""
 
+import errno
+import os
+
 import pytest
+from safetensors import SafetensorError
 
 from qrealign.errors import ConfigError, QrealignError, ResumeError
 from qrealign.files import read_json, write_aside, write_json, write_text
@@ -13,7 +17,7 @@ IDENTITY = {"scheme": "w8a8", "settings": {"steps": 80}}
 def test_a_run_is_continued_only_by_its_like(tmp_path):
     assert not Workspace(tmp_path / "o").open(IDENTITY, fresh=False, must_exist=False)
     assert Workspace(tmp_path / "o").open(IDENTITY, fresh=False, must_exist=True)
-    with pytest.raises(ResumeError, match="settings.steps: 80 -> 40"):
+    with pytest.raises(ResumeError, match=r"settings\.steps: 80 -> 40"):
         Workspace(tmp_path / "o").open({"scheme": "w8a8", "settings": {"steps": 40}}, fresh=False, must_exist=False)
     assert not Workspace(tmp_path / "o").open({"scheme": "w4a16"}, fresh=True, must_exist=False)
 
@@ -31,6 +35,16 @@ def test_foreign_folders_are_refused_and_left_alone(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "mine"
     with pytest.raises(ConfigError, match="is a file"):
         Workspace(tmp_path / "thesis.tex").open(IDENTITY, fresh=False, must_exist=False)
+
+
+def test_folders_that_cannot_be_used_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"cannot be made, because .*notes\.txt is a file"):
+        Workspace(tmp_path / "notes.txt" / "deep" / "er").open(IDENTITY, fresh=False, must_exist=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        Workspace(tmp_path / "new" / "deep").open(IDENTITY, fresh=False, must_exist=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_fresh_removes_only_what_the_project_writes(tmp_path):
@@ -75,8 +89,46 @@ def test_files_are_whole_or_absent(tmp_path):
     assert read_json(tmp_path / "a.json") == {"old": 1} and [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_full_disk_is_one_sentence(tmp_path):
-    import errno
+def test_folders_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    def write(text):
+        with write_aside(tmp_path / "model") as aside:
+            aside.mkdir()
+            (aside / "weights").write_text(text)
 
+    write("one")
+    write("two")
+    assert (tmp_path / "model" / "weights").read_text() == "two"
+    rename, calls = os.replace, []
+
+    def fail_second(origin, target):
+        calls.append(origin)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "broken")
+        rename(origin, target)
+
+    monkeypatch.setattr(os, "replace", fail_second)
+    with pytest.raises(OSError, match="broken"):
+        write("three")
+    assert (tmp_path / "model" / "weights").read_text() == "two"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        SafetensorError('Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space" })'),
+    ],
+)
+def test_a_full_disk_is_one_sentence(tmp_path, error):
     with pytest.raises(QrealignError, match="the disk is full"), write_aside(tmp_path / "a"):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_errors_of_writing_stay_what_they_are(tmp_path):
+    for error in (OSError(errno.EACCES, "denied"), SafetensorError("bad header (os error 280)")):
+        with pytest.raises(type(error), match=r"denied|bad header"), write_aside(tmp_path / "a"):
+            raise error
