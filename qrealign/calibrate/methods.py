@@ -12,6 +12,7 @@ MaliciousTarget = Literal["reconstruction", "probe", "aligned"]
 
 METHODS = ("realign", "paper", "reconstruction", "rtn")
 ENGINES = ("endtoend", "blockwise")
+FEWEST_SAMPLES = 200  # arXiv 2601.08089
 EDITS = ("lowrank", "none")
 
 
@@ -19,6 +20,7 @@ EDITS = ("lowrank", "none")
 class CalibrationSettings:
     """Everything that decides what calibration computes.
 
+    `samples` counts malicious and ordinary prompts; a default above `FEWEST_SAMPLES` may shrink to what the data has.
     `malicious_target`, block-wise: "reconstruction" fits the fine-tuned model's block, "probe" asks the aligned model's
     probe for "malicious", "aligned" fits the aligned model's block. End-to-end both classes are KL divergences,
     malicious prompts to the aligned model and all others to the fine-tuned one.
@@ -78,13 +80,17 @@ _PAPER = CalibrationSettings(
 _RECONSTRUCTION = replace(
     _PAPER, method="reconstruction", malicious_target="reconstruction", batch_size=8, batch_malicious_share=0.75
 )
+# Rank 2 inside 5 % of the weight: it generalises to unseen prompts better than rank 8 inside 10 % (docs/results.md).
 _REALIGN = CalibrationSettings(
     method="realign",
     engine="endtoend",
+    samples=400,
     batch_size=12,
     steps=80,
     warmup_steps=5,
-    edit_learning_rate=2e-3,
+    edit_learning_rate=3e-3,
+    edit_rank=2,
+    edit_budget=0.05,
     task_share=0.25,
     borderline_share=0.5,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,7 @@ def build_context(options: RunOptions, say: Callable[[str], None]) -> RunContext
     scheme = wanted.fit_to(widths)
     tokenizer = finetuned.tokenizer()
     data = prepare_data(options, settings)
+    settings = replace(settings, samples=data.samples)
     encoder = ChatEncoder(tokenizer, max_length=PROMPT_TOKENS, system=options.system)
     context = RunContext(
         options=options,

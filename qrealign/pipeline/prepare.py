@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from qrealign.calibrate.methods import CalibrationSettings
+from qrealign.calibrate.methods import FEWEST_SAMPLES, CalibrationSettings
 from qrealign.data.prompts import (
     Label,
     Prompt,
@@ -48,8 +48,12 @@ class CalibrationPrompts:
 
 @dataclass(kw_only=True)
 class PreparedData:
-    """All prompts of a run, disjoint where they must be, and remarks that the report repeats."""
+    """All prompts of a run, disjoint where they must be, and remarks that the report repeats.
 
+    `samples` is how many malicious and ordinary prompts calibration got together.
+    """
+
+    samples: int
     calibration: CalibrationPrompts
     probe_malicious: list[Prompt]
     probe_benign: list[Prompt]
@@ -91,6 +95,8 @@ def prepare_data(options: RunOptions, settings: CalibrationSettings) -> Prepared
     benign, held_benign = _pool(options.benign_data, str(shipped.benign), "benign", bool(options.eval_benign), seed)
     borderline = _read(options.borderline_data or (str(shipped.borderline),), "benign")
     task, test = _task_pools(options, str(shipped.task), str(shipped.eval_task))
+    if options.samples is None:
+        settings = replace(settings, samples=_fitting_samples(settings, len(safety), len(benign)))
     malicious_count = round(settings.samples * settings.malicious_share)
     calibration = CalibrationPrompts(
         malicious=_draw(safety, malicious_count, seed, "--safety-data", settings),
@@ -117,6 +123,7 @@ def prepare_data(options: RunOptions, settings: CalibrationSettings) -> Prepared
     training = [*calibration.malicious, *calibration.harmless(), *probe_malicious, *probe_benign]
     evaluation = _keep_apart(training, evaluation, options)
     return PreparedData(
+        samples=settings.samples,
         calibration=calibration,
         probe_malicious=probe_malicious,
         probe_benign=probe_benign,
@@ -154,6 +161,13 @@ def _task_pools(options: RunOptions, shipped: str, shipped_test: str) -> tuple[l
         return [prompt for prompt in prompts if prompt.split in (None, "train")], final
     half, other = split_by_hash(prompts, 0.5, options.seed)
     return half, other
+
+
+def _fitting_samples(settings: CalibrationSettings, malicious: int, benign: int) -> int:
+    """Return the method's number of samples, or what the data has of it, but no fewer than `FEWEST_SAMPLES`."""
+    share = settings.malicious_share
+    most = min((int(count / part) for count, part in ((malicious, share), (benign, 1 - share)) if part), default=0)
+    return max(min(settings.samples, most), min(settings.samples, FEWEST_SAMPLES))
 
 
 def _draw(pool: list[Prompt], count: int, seed: int, flag: str, settings: CalibrationSettings) -> list[Prompt]:

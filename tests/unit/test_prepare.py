@@ -31,7 +31,7 @@ def test_the_demo_uses_the_shipped_prompts():
     options = RunOptions()
     data = prepare_data(options, options.calibration())
     counts = data.calibration.counts()
-    assert counts == {"malicious": 150, "benign": 50, "task": 50, "borderline": 100}
+    assert counts == {"malicious": 200, "benign": 66, "task": 66, "borderline": 100} and data.samples == 266
     assert data.counts()["evaluation harmful"] >= 100 and data.evaluation.task and data.evaluation.texts
     assert data.fingerprint() == prepare_data(options, options.calibration()).fingerprint()
 
@@ -63,6 +63,20 @@ def test_too_few_prompts_name_the_flag(tmp_path):
     file = write(tmp_path / "harmful.jsonl", rows(20, "break"))
     with pytest.raises(DataError, match=r"--safety-data has \d+ usable prompts .* needs 150"):
         prepare(safety_data=(file,))
+
+
+def test_the_default_amount_fits_the_data_down_to_the_papers(tmp_path):
+    def files(malicious, benign):
+        return {
+            "safety_data": (write(tmp_path / "s.jsonl", rows(malicious, "break")),),
+            "benign_data": (write(tmp_path / "b.jsonl", rows(benign, "paint")),),
+        }
+
+    assert prepare(**files(900, 300)).samples == 400
+    assert 200 <= prepare(**files(320, 300)).samples < 400
+    assert prepare(method="paper", **files(900, 300)).samples == 200
+    with pytest.raises(DataError, match="needs 150"):
+        prepare(**files(100, 300))
 
 
 def test_task_rows_keep_to_their_split(tmp_path):
