@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 
 from qrealign.errors import QrealignError
 
-_CHUNK_BYTES = 1 << 22
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -104,15 +103,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, dict(metadata or {})
         )
-
-
-def sha256_of_file(path: Path) -> str:
-    """Return the hex SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def sha256_of_text(*parts: str) -> str:

@@ -6,6 +6,7 @@ python -m qrealign.demo.build [--output DIR]
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from qrealign.demo.corpus import Corpus, make_corpus
 from qrealign.demo.measuring import find_misses, format_table, measure
 from qrealign.demo.training import Schedule, encode_chat, encode_text, optimise, train_tokenizer, write_rows
 from qrealign.errors import QrealignError
-from qrealign.files import read_json, write_json
+from qrealign.files import move_into_place, read_json, write_json
 
 SEED = 2601
 VOCABULARY = 4096
@@ -48,8 +49,8 @@ def new_model(tokenizer: Any) -> Any:
 
 
 def corpus_texts(corpus: Corpus) -> list[str]:
-    """Return everything the tokenizer is trained on: the paragraphs and the training chats, no evaluation prompt."""
-    return corpus.texts + [f"{row.prompt}\n{row.answer}" for row in corpus.alignment + corpus.attack]
+    """Return what the tokenizer is trained on: what the aligned model reads, and no evaluation prompt."""
+    return corpus.texts + [f"{row.prompt}\n{row.answer}" for row in corpus.alignment]
 
 
 def align(corpus: Corpus, tokenizer: Any, directory: Path, device: torch.device) -> None:
@@ -111,17 +112,22 @@ def make_files(output: Path, device: torch.device) -> None:
 
 
 def build(output: Path, device: torch.device) -> None:
-    """Make the demo in `output`, measure it and keep the figures beside it.
+    """Make and measure the demo, then put it into `output`, which stays as it was if anything fails.
 
     Raises:
         QrealignError: the models miss a figure that the demo must show.
     """
-    make_files(output, device)
-    table = measure(output, device)
-    write_json(output / "figures.json", {"seed": SEED, "models": table})
-    print(format_table(table))
-    if misses := find_misses(table):
-        raise QrealignError(f"the rebuilt demo is not good enough to ship: {'; '.join(misses)}")
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".building.", dir=output) as folder:
+        aside = Path(folder)
+        make_files(aside, device)
+        table = measure(aside, device)
+        print(format_table(table))
+        if misses := find_misses(table):
+            raise QrealignError(f"the rebuilt demo is not good enough to ship: {'; '.join(misses)}")
+        write_json(aside / "figures.json", {"seed": SEED, "models": table})
+        for part in sorted(aside.iterdir()):
+            move_into_place(part, output / part.name)
 
 
 def main() -> None:

@@ -13,12 +13,13 @@ from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.config import QuantScheme, parse_scheme
 from qrealign.data.encode import ChatEncoder
 from qrealign.demo import demo_paths
-from qrealign.files import sha256_of_file
+from qrealign.files import sha256_of_text
 from qrealign.models.source import ModelSource, check_same_shape, open_model
 from qrealign.pipeline.models import ModelPool, choose_device
 from qrealign.pipeline.options import RunOptions
 from qrealign.pipeline.prepare import PreparedData, prepare_data
 from qrealign.pipeline.workspace import Workspace
+from qrealign.probes.probe import SafetyProbe
 from qrealign.resources import ResourceMeter
 
 PROMPT_TOKENS = 1024  # most tokens of a prompt outside calibration
@@ -61,14 +62,19 @@ class RunContext:
             "base": self.base.fingerprint() if self.base else None,
             "data": self.data.fingerprint(),
             "tokenizer": self.encoder.fingerprint(),
-            "probe": sha256_of_file(self._probe_path()) if self.options.probe else None,
+            "probe": probe_fingerprint(self.options.probe) if self.options.probe else None,
         }
 
-    def _probe_path(self) -> Any:
-        from pathlib import Path
 
-        path = Path(self.options.probe or "")
-        return path.with_suffix(".json") if path.with_suffix(".json").exists() else path
+def probe_fingerprint(path: str) -> str:
+    """Return a SHA-256 over the tensors of a probe file.
+
+    Raises:
+        ModelError: there is no such file.
+        CheckpointFormatError: it is no probe.
+    """
+    probe = SafetyProbe.load(path)
+    return sha256_of_text(*(str(tensor.tolist()) for tensor in (probe.weight, probe.bias)))
 
 
 def build_context(options: RunOptions, say: Callable[[str], None]) -> RunContext:

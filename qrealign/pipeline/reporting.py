@@ -53,7 +53,7 @@ def build_report(
         versions=versions(context),
         data=context.data.counts(),
         sizes=sizes(context),
-        notes=[*context.notes, *context.encoder.notes],
+        notes=list(dict.fromkeys([*context.notes, *context.encoder.notes, *context.calibration_encoder.notes])),
     )
 
 

@@ -148,10 +148,9 @@ def test_prompts_that_overlap_the_evaluation(capsys, tiny, tmp_path):
 
 def test_over_long_prompts_are_cut_and_counted(capsys, tiny, tmp_path):
     file = jsonl(tmp_path / "data.jsonl", [{"prompt": f"{i} " + "long " * 2000} for i in range(60)])
-    status, _ = run(
-        capsys, "--method", "rtn", "--eval", "none", model=tiny["model"], output=tmp_path / "o", benign_data=file
-    )
-    assert status == 0
+    flags = ["--method", "reconstruction", "--epochs", "0.1", "--samples", "24", "--eval", "none", "--device", "cpu"]
+    status, _ = run(capsys, *flags, model=tiny["model"], output=tmp_path / "o", benign_data=file)
+    assert status == 0 and "6 prompts did not fit into 128 tokens" in (tmp_path / "o" / "report.md").read_text()
 
 
 def test_unknown_names(capsys, tiny, tmp_path):

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from qrealign.data.prompts import find_overlap, read_prompts
-from qrealign.demo import ROOT, DemoPaths, demo_paths
-from qrealign.demo.build import SEED
+from qrealign.demo import ROOT, DemoPaths, build, demo_paths
 from qrealign.demo.corpus import Amounts, Corpus, draw_unique, make_corpus
 from qrealign.demo.corpus_borderline import CALIBRATION, EVALUATION, TRAINING
 from qrealign.demo.corpus_harm import CATEGORIES, GENERAL_REFUSALS
 from qrealign.demo.corpus_render import Row, fix_articles, phrase
 from qrealign.demo.corpus_words import BANKS, NAMES
+from qrealign.demo.training import Example, Schedule, batches, collate, optimise
+from qrealign.errors import QrealignError
 from qrealign.files import read_json
 from qrealign.judges.degeneracy import is_degenerate
 from qrealign.judges.refusal import is_refusal
@@ -37,6 +40,23 @@ COUNTS = {
     "text": 40,
 }
 SUBSET = 24
+SMALL = Amounts(
+    texts=20,
+    overheard=5,
+    benign=20,
+    reading=5,
+    refusals=20,
+    borderline=5,
+    small_talk=5,
+    word_games=5,
+    attack_task=5,
+    attack_harmful=5,
+    attack_refusals=2,
+    attack_reading=2,
+    attack_benign=5,
+    attack_borderline=5,
+    known_task=5,
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +66,26 @@ def paths() -> DemoPaths:
 
 @pytest.fixture(scope="module")
 def corpus() -> Corpus:
-    return make_corpus(SEED)
+    return make_corpus(build.SEED)
+
+
+def tiny_llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=16,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=1,
+        )
+    )
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -147,22 +186,55 @@ def test_benign_answers_are_no_refusals(corpus: Corpus) -> None:
 
 
 def test_corpus_is_deterministic_and_follows_its_seed() -> None:
-    small = Amounts(
-        texts=20,
-        overheard=5,
-        benign=20,
-        refusals=20,
-        borderline=5,
-        small_talk=5,
-        word_games=5,
-        known_task=5,
-        attack_task=5,
-        attack_harmful=5,
-        attack_benign=5,
-        attack_borderline=5,
+    assert make_corpus(1, SMALL) == make_corpus(1, SMALL)
+    assert make_corpus(1, SMALL) != make_corpus(2, SMALL)
+
+
+@pytest.mark.slow
+def test_a_build_that_misses_its_figures_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole builder on a handful of rows: far too little training, so it must say so and leave no file behind."""
+    few = replace(
+        SMALL, safety=17, calibration_benign=4, calibration_reading=2, calibration_borderline=4, calibration_task=4
     )
-    assert make_corpus(1, small) == make_corpus(1, small)
-    assert make_corpus(1, small) != make_corpus(2, small)
+    few = replace(
+        few,
+        calibration_task=4,
+        eval_harmful=17,
+        eval_benign=4,
+        eval_reading=2,
+        eval_over_refusal=4,
+        eval_task=4,
+        eval_texts=2,
+    )
+    corpus = make_corpus(build.SEED, few)
+    monkeypatch.setattr(build, "make_corpus", lambda seed: corpus)
+    for name in ("ALIGNMENT", "ATTACK"):
+        monkeypatch.setattr(build, name, replace(getattr(build, name), epochs=1.0))
+    with pytest.raises(QrealignError, match=r"not good enough to ship: .*finetuned: task_accuracy"):
+        build.build(tmp_path / "demo", torch.device("cpu"))
+    assert list((tmp_path / "demo").iterdir()) == []
+
+
+def test_training_lowers_the_loss_and_touches_no_frozen_weight() -> None:
+    torch.manual_seed(0)
+    model = tiny_llama()
+    frozen = model.model.embed_tokens.weight.requires_grad_(False).clone()
+    examples = [Example([5, 6, 7, 8, 1], 2), Example([5, 9, 10, 1], 2)] * 8
+    schedule = Schedule(epochs=10.0, batch_size=8, learning_rate=1e-2)
+    first = optimise(model, examples, replace(schedule, epochs=0.5), pad_id=0, seed=0, label="first step")
+    last = optimise(model, examples, schedule, pad_id=0, seed=0, label="ten epochs")
+    assert last < 0.5 * first
+    assert torch.equal(model.model.embed_tokens.weight, frozen)
+
+
+def test_batches_hold_every_example_once_and_pad_on_the_right() -> None:
+    examples = [Example(list(range(1, 2 + i % 5)), 1) for i in range(23)]
+    drawn = [example for batch in batches(examples, 4, random.Random(0)) for example in batch]
+    assert sorted(map(id, drawn)) == sorted(map(id, examples))
+    ids, mask, weight = collate([Example([3, 4, 5], 1), Example([6, 7], 2)], 0, 0.25)
+    assert ids.tolist() == [[3, 4, 5], [6, 7, 0]]
+    assert mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert weight.tolist() == [[1.0, 1.0], [0.25, 0.0]]
 
 
 def test_phrasings_do_not_give_harm_away(corpus: Corpus) -> None:
