@@ -80,7 +80,7 @@ _PAPER = CalibrationSettings(
 _RECONSTRUCTION = replace(
     _PAPER, method="reconstruction", malicious_target="reconstruction", batch_size=8, batch_malicious_share=0.75
 )
-# Rank 2 inside 5 % of the weight: it generalises to unseen prompts better than rank 8 inside 10 % (docs/results.md).
+# A small edit: rank 2 inside 5 % of the weight did as well as rank 8 inside 10 % (docs/results.md).
 _REALIGN = CalibrationSettings(
     method="realign",
     engine="endtoend",
