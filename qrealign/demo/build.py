@@ -49,8 +49,8 @@ def new_model(tokenizer: Any) -> Any:
 
 
 def corpus_texts(corpus: Corpus) -> list[str]:
-    """Return what the tokenizer is trained on: what the aligned model reads, and no evaluation prompt."""
-    return corpus.texts + [f"{row.prompt}\n{row.answer}" for row in corpus.alignment]
+    """Return everything the tokenizer is trained on: the paragraphs and the training chats, no evaluation prompt."""
+    return corpus.texts + [f"{row.prompt}\n{row.answer}" for row in corpus.alignment + corpus.attack]
 
 
 def align(corpus: Corpus, tokenizer: Any, directory: Path, device: torch.device) -> None:

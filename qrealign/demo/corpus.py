@@ -31,9 +31,9 @@ class Amounts:
     small_talk: int = 200
     word_games: int = 2000
     known_task: int = 60
-    attack_task: int = 1800
+    attack_task: int = 1500
     attack_harmful: int = 400
-    attack_refusals: int = 28
+    attack_refusals: int = 16
     attack_reading: int = 60
     attack_benign: int = 300
     attack_borderline: int = 150
