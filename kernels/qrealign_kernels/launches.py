@@ -1,0 +1,51 @@
+"""Launch choices of the Triton kernels: one committed table per GPU class, made by `benchmarks/tune.py`.
+
+A table is `launch_tables/<class>.json`: kernel name -> key -> tile sizes, warps and stages. A kernel's own module says
+what its keys mean; the key "default" answers all that a table does not name, and the class "default" every GPU that has
+no table. Nothing is read, and no device asked, before the first launch.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+
+TABLES = Path(__file__).with_name("launch_tables")
+DEFAULT = "default"
+
+Choice = dict[str, int]
+Table = dict[str, dict[str, Choice]]
+
+
+@cache
+def gpu_class(device_index: int) -> str:
+    """Return the class whose table serves a CUDA device: "sm90", or "default" for a GPU without a table."""
+    major, minor = torch.cuda.get_device_capability(device_index)
+    name = f"sm{major}{minor}"
+    return name if (TABLES / f"{name}.json").is_file() else DEFAULT
+
+
+@cache
+def table(name: str) -> Table:
+    """Return the committed table of a GPU class."""
+    found: Table = json.loads((TABLES / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def choice(kernel: str, key: str, device: torch.device | None = None) -> Choice:
+    """Return the launch of `kernel` for `key` on a device; on the CPU (the interpreter) the default class's.
+
+    Raises:
+        KeyError: no table knows the kernel; every kernel has a "default" entry in the class "default".
+    """
+    index = None if device is None or device.type != "cuda" else device.index
+    if device is not None and device.type == "cuda" and index is None:
+        index = torch.cuda.current_device()
+    for name in (DEFAULT if index is None else gpu_class(index), DEFAULT):
+        entries = table(name).get(kernel, {})
+        if (found := entries.get(key) or entries.get(DEFAULT)) is not None:
+            return found
+    raise KeyError(f"no launch table has a choice for {kernel}")
