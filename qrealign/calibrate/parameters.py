@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qrealign.arch import BlockSpec
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.quant.clipping import LearnableWeightClipping
-from qrealign.quant.edits import LowRankEdit
+from qrealign.quant.edits import LowRankEdit, project_edits
 from qrealign.quant.fake_quant import FakeQuantLinear, fake_quant_linears
 from qrealign.quant.transform import EquivalentTransform
 
@@ -38,12 +38,15 @@ class BlockContext:
 
 @dataclass(kw_only=True)
 class Attached:
-    """One class of parameters on one block: the tensors to train, and what to do around each step."""
+    """One class of parameters on one block: the tensors to train, what they are derived from and held to.
+
+    `edits` are brought back inside their budgets after every step.
+    """
 
     parameters: dict[str, nn.Parameter]
     learning_rate: float
     before_forward: Callable[[], None] | None = None
-    after_step: Callable[[], None] | None = None
+    edits: tuple[LowRankEdit, ...] = ()
     transform: EquivalentTransform | None = None
 
 
@@ -73,13 +76,10 @@ def attach_edit(context: BlockContext) -> Attached:
             mask=context.masks.get(name),
         )
     edits = {name: layer.edit for name, layer in context.layers.items() if layer.edit is not None}
-
-    def project() -> None:
-        for edit in edits.values():
-            edit.project()
-
     parameters = {f"{name}.edit.{key}": value for name, edit in edits.items() for key, value in edit.named_parameters()}
-    return Attached(parameters=parameters, learning_rate=context.settings.edit_learning_rate, after_step=project)
+    return Attached(
+        parameters=parameters, learning_rate=context.settings.edit_learning_rate, edits=tuple(edits.values())
+    )
 
 
 def attach_bias(context: BlockContext) -> Attached:
@@ -141,7 +141,9 @@ class Trainable:
                             "base_lr": part.learning_rate,
                         }
                     )
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0) if groups else None
+        # One kernel for all tensors on a GPU; on a CPU torch's own choice, which is as fast there.
+        fused = True if any(value.is_cuda for value in self.named.values()) else None
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused) if groups else None
         self.rate_factor = 1.0
 
     def set_rate(self, factor: float) -> None:
@@ -166,9 +168,7 @@ class Trainable:
         if self.optimizer is not None:
             self.optimizer.step()
             self.zero_grad()
-        for part in self.attached:
-            if part.after_step is not None:
-                part.after_step()
+        project_edits(edit for part in self.attached for edit in part.edits)
 
     def fold(self, storage_dtype: torch.dtype) -> None:
         """Fold the transforms into the blocks' weights and norms."""
@@ -199,6 +199,6 @@ class Trainable:
             self.optimizer.state.clear()
             for name, state in moments.items():
                 value = self.named[name]
-                self.optimizer.state[value] = {
-                    kind: t.clone() if kind == "step" else t.to(value.device).clone() for kind, t in state.items()
-                }
+                # The fused kernel counts steps on the device, the others on the host.
+                home = {kind: "cpu" if kind == "step" and not value.is_cuda else value.device for kind in state}
+                self.optimizer.state[value] = {kind: t.to(home[kind], copy=True) for kind, t in state.items()}
