@@ -28,12 +28,12 @@ class CalibrationSettings:
     probe for "malicious", "aligned" fits the aligned model's block. End-to-end both classes are KL divergences,
     malicious prompts to the aligned model and all others to the fine-tuned one.
 
-    `epochs` is the block-wise base: half of it for the first half of the blocks, one and a half for the others. `steps`
-    is the end-to-end count. Block-wise, a block is done when an epoch's mean loss is not below the lowest one before by
-    the share `plateau`; 0 makes every step. `task_share`, `borderline_share` and `text_share`, relative to `samples`, add prompts of
-    those kinds and windows of running text to the benign class; `borderline_weight` and `text_weight` multiply the loss
-    of such a sample, `benign_weight` that of the class, end-to-end. Learning rates of 0 leave that class of parameters
-    out. `edit_budget` bounds the edit's Frobenius norm relative to the weight's.
+    `epochs` is the block-wise base: half of it for the first half of the blocks, one and a half for the others; a block
+    is done before when an epoch's mean loss is not below the lowest one so far by the share `plateau`, 0 for never.
+    `steps` is the end-to-end count. `task_share`, `borderline_share` and `text_share`, relative to `samples`, add
+    prompts of those kinds and windows of running text to the benign class; `borderline_weight` and `text_weight`
+    multiply the loss of such a sample, `benign_weight` that of the class, end-to-end. Learning rates of 0 leave that
+    class of parameters out. `edit_budget` bounds the edit's Frobenius norm relative to the weight's.
 
     `recovery_share`, relative to the malicious samples, adds some in which the fine-tuned model has begun to answer,
     with 1 to `recovery_tokens` tokens, and the aligned model's refusal is to follow. `decision_share` of a benign

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qrealign.arch import BlockSpec
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.quant.clipping import LearnableWeightClipping
-from qrealign.quant.edits import LowRankEdit
+from qrealign.quant.edits import LowRankEdit, project_edits
 from qrealign.quant.fake_quant import FakeQuantLinear, fake_quant_linears
 from qrealign.quant.transform import EquivalentTransform
 
@@ -39,12 +39,15 @@ class BlockContext:
 
 @dataclass(kw_only=True)
 class Attached:
-    """One class of parameters on one block: the tensors to train, and what to do around each step."""
+    """One class of parameters on one block: the tensors to train, what they are derived from and held to.
+
+    `edits` are brought back inside their budgets after every step.
+    """
 
     parameters: dict[str, nn.Parameter]
     learning_rate: float
     before_forward: Callable[[], None] | None = None
-    after_step: Callable[[], None] | None = None
+    edits: tuple[LowRankEdit, ...] = ()
     transform: EquivalentTransform | None = None
 
 
@@ -74,13 +77,10 @@ def attach_edit(context: BlockContext) -> Attached:
             mask=context.masks.get(name),
         )
     edits = {name: layer.edit for name, layer in context.layers.items() if layer.edit is not None}
-
-    def project() -> None:
-        for edit in edits.values():
-            edit.project()
-
     parameters = {f"{name}.edit.{key}": value for name, edit in edits.items() for key, value in edit.named_parameters()}
-    return Attached(parameters=parameters, learning_rate=context.settings.edit_learning_rate, after_step=project)
+    return Attached(
+        parameters=parameters, learning_rate=context.settings.edit_learning_rate, edits=tuple(edits.values())
+    )
 
 
 def attach_bias(context: BlockContext) -> Attached:
@@ -162,9 +162,7 @@ class Trainable:
         if self.optimizer is not None:
             self.optimizer.step()
             self.zero_grad()
-        for part in self.attached:
-            if part.after_step is not None:
-                part.after_step()
+        project_edits(edit for part in self.attached for edit in part.edits)
 
     def fold(self, storage_dtype: torch.dtype) -> None:
         """Fold the transforms into the blocks' weights and norms."""
@@ -192,13 +190,14 @@ class Trainable:
 
 def _optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Return AdamW over the groups, its moments made; on a GPU one kernel steps a group, rate and count live there."""
-    on_gpu = groups[0]["params"][0].is_cuda
+    device = groups[0]["params"][0].device
+    on_gpu = device.type == "cuda"
     for group in groups if on_gpu else ():
-        group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, **{"fused": True, "capturable": True} if on_gpu else {})
+        group["lr"] = torch.tensor(group["lr"], device=device)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=on_gpu or None, capturable=on_gpu)
     for parameter in (parameter for group in groups for parameter in group["params"]):
         optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device if on_gpu else "cpu"),
+            "step": torch.zeros((), device=device if on_gpu else "cpu"),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
