@@ -124,11 +124,20 @@ class ModelSource:
         return self._read([name for name in self.stored_names if not name.startswith(prefix)], "", dtype)
 
     def load_block(
-        self, model: nn.Module, index: int, device: torch.device | str, dtype: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        index: int,
+        device: torch.device | str,
+        dtype: torch.dtype | None = None,
+        *,
+        state: Mapping[str, Tensor] | None = None,
     ) -> nn.Module:
-        """Put the weights of block `index` into `model` and return it; other parameters of swapped linears stay."""
+        """Put the weights of block `index` into `model` and return it; other parameters of swapped linears stay.
+
+        `state` is what `block_state` returned, where it has been read already.
+        """
         block = model.get_submodule(self.spec.block_name(index))
-        assign_tensors(block, self.block_state(index), device, dtype)
+        assign_tensors(block, self.block_state(index) if state is None else state, device, dtype)
         move_buffers(block, device)
         return block
 
