@@ -227,15 +227,18 @@ class BlockStream:
 
 
 def read_blocks(
-    source: ModelSource, device: torch.device, dtype: torch.dtype
+    source: ModelSource, device: torch.device, dtype: torch.dtype, *, start: int = 0, ahead: int = READERS
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Yield index and tensors of every block, in device memory of their own, in order; later ones are read ahead."""
+    """Yield index and tensors of every block from `start` on, in device memory of their own, in order.
+
+    `ahead` blocks are being read while one is used.
+    """
     host, count = HostBlocks(source, dtype, device, kept=0), source.num_blocks
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     try:
-        for index in range(min(READERS, count)):
+        for index in range(start, min(start + ahead, count)):
             host.request(index)
-        for index in range(count):
+        for index in range(start, count):
             target = torch.empty(host.layouts[index].num_bytes, dtype=torch.uint8, device=device)
             if stream is None:
                 host.put(index, target)
@@ -243,8 +246,8 @@ def read_blocks(
                 stream.wait_stream(torch.cuda.current_stream(device))  # it may still use what the memory held before
                 with torch.cuda.stream(stream):
                     host.put(index, target)
-            if index + READERS < count:
-                host.request(index + READERS)
+            if index + ahead < count:
+                host.request(index + ahead)
             yield index, host.layouts[index].views(target)
     finally:
         host.close()
