@@ -110,6 +110,7 @@ def _blockwise(
         dtype=pool.dtype,
         aligned=aligned,
         probe=probe if settings.uses_probe else None,
+        low_memory=context.options.memory in ("low", "streamed"),
         team=context.team,
     )
     return calibrator.run(progress=context.progress("calibrate"))
@@ -123,6 +124,7 @@ def _end_to_end(context: RunContext, settings: CalibrationSettings, on_block: On
         _objective(context, settings),
         settings,
         state_path=context.workspace.state / "endtoend.safetensors",
+        record=student.recordable,
         team=context.team,
     )
     curve = calibrator.run(progress=context.progress("calibrate"))

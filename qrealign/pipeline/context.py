@@ -125,7 +125,7 @@ def build_context(options: RunOptions, say: Callable[[str], None], team: Team = 
         data=data,
         workspace=Workspace(options.directory, writes=team.leads),
         device=device,
-        pool=ModelPool(device),
+        pool=ModelPool(device, options.memory),
         meter=ResourceMeter(device.type, gpus=team.size),
         say=say,
         team=team,
