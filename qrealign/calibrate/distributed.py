@@ -126,8 +126,8 @@ def _explained() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise DeviceError(
-            f"another process of this run has ended ({str(error).splitlines()[0]}): the same command continues where "
-            "the run stopped"
+            "another process of this run has ended, or cannot be reached: the same command continues where the run "
+            "stopped"
         ) from error
 
 
