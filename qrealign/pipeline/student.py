@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 KEPT_SHARE = 0.4  # of the weights' bytes: what kept activations may take on a GPU
 ACTIVATION_SHARE = 0.25  # of the free memory: the same on a CPU
-PROBED_TOKENS = 16
+PROBED_TOKENS = 32
 WRITERS = 4  # frozen blocks on their way to the disk at a time
 
 
