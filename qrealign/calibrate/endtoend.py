@@ -22,13 +22,16 @@ from qrealign.calibrate.divergence import DivergenceGuard
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.calibrate.objectives import LOSS_NAMES, BehaviourObjective, Objective
 from qrealign.calibrate.parameters import Trainable
-from qrealign.calibrate.parts import Parts
+from qrealign.calibrate.parts import Parts, by_length
 from qrealign.calibrate.recorded import RecordedPass
 from qrealign.calibrate.schedule import stratified_batches, warm_cosine
 from qrealign.calibrate.state import load_progress, save_progress
 from qrealign.records import CurvePoint
 
 SAVE_EVERY = 10  # steps between two looks at the losses: a kill, or a divergence, costs at most these
+# What another pass costs a CPU, in tokens: the weights are rounded anew. A GPU reads them from memory for it, which is
+# worth more tokens than padding ever wastes.
+PASS_TOKENS = 20
 
 Losses = dict[str, Tensor]  # of one step by name, scalars on the device
 
@@ -65,10 +68,11 @@ class EndToEndCalibrator:
             seed=settings.seed,
         )
         self.schedule = list(islice(batches, settings.steps))
-        self.parts = Parts(len(team.share(range(settings.batch_size))), trainable.zero_grad)
         self.recorded: RecordedPass | None = None
         if record and isinstance(objective, BehaviourObjective):
             self.recorded = RecordedPass(model, trainable, objective, map(self._own_samples, range(settings.steps)))
+        split = self._by_length if model.device.type == "cpu" and self.recorded is None else None
+        self.parts = Parts(len(team.share(range(settings.batch_size))), trainable.zero_grad, split)
         self.curve: list[CurvePoint] = []
 
     def run(self, *, progress: str | None, on_step: Callable[[int], None] | None = None) -> list[CurvePoint]:
@@ -134,6 +138,9 @@ class EndToEndCalibrator:
     def _own_samples(self, step: int) -> list[Any]:
         """Return this process's share of a batch."""
         return [self.objective.samples[index] for index in self.team.share(self.schedule[step])]
+
+    def _by_length(self, samples: Sequence[Any]) -> list[list[Any]]:
+        return by_length(samples, [self.objective.length(sample) for sample in samples], PASS_TOKENS)
 
     def _backward(self, samples: Sequence[Any], counts: Mapping[str, int], whole: int) -> Losses:
         """Add the gradients of part of `whole` samples; `counts` describe the batch of all processes."""
