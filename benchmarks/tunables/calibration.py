@@ -15,7 +15,8 @@ from benchmarks.timing import rotations
 from benchmarks.tunables.tunable import Calls, Tunable
 from qrealign_kernels.launches import Choice
 from qrealign_kernels.reference_calibration import WeightTransform
-from qrealign_kernels.triton_backend import BACKEND
+from qrealign_kernels.triton_activations import rms_norm_gradients
+from qrealign_kernels.triton_weight_gradients import edited_weight_gradients
 
 # Key -> rows, columns and group size of the weight that stands for it.
 WEIGHTS = {
@@ -121,7 +122,7 @@ def gradient_calls(rows: int, columns: int, group_size: int) -> Calls:
     arguments = learned(rows, columns, group_size)
     transform = WeightTransform(arguments.pop("column_scale"), arguments.pop("row_divisor"))
     call = partial(
-        BACKEND.edited_weight_gradients,
+        edited_weight_gradients,
         transform=transform,
         wanted=frozenset({"low_logit", "high_logit", "column_scale", "row_divisor"}),
         symmetric=True,
@@ -161,7 +162,7 @@ def norm_calls(tokens: int, columns: int) -> Calls:
 def norm_gradient_calls(tokens: int, columns: int) -> Calls:
     """Return calls of the norm's backward."""
     weight = torch.rand(columns, device="cuda").bfloat16() + 0.5
-    call = partial(BACKEND.rms_norm_gradients, weight=weight, eps=1e-5, offset=0.0)
+    call = partial(rms_norm_gradients, weight=weight, eps=1e-5, offset=0.0)
     return [
         partial(call, _randn(tokens, columns), _randn(tokens, columns)) for _ in range(rotations(6 * tokens * columns))
     ]
