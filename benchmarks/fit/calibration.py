@@ -44,6 +44,14 @@ CASES = (
         aligned=("K", "C"),
     ),
     Case(
+        name="product and gradients",
+        kernel=gradients._product_gradients_bwd_kernel,
+        table="product_gradients_bwd",
+        types={"weight_ptr": "*bf16", "grad_ptr": "*bf16", "x_ptr": "*bf16"},
+        constants=_ASYMMETRIC | {"SCALE_KIND": 2} | _LEARNED | {"TO_COLUMN": True, "TO_ROW": True, "BLOCK_C": 128},
+        aligned=("M", "N", "K", "C"),
+    ),
+    Case(
         name="token, codes",
         kernel=activations._quantize_per_token_fwd_kernel,
         table="quantize_per_token",

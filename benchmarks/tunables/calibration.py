@@ -72,6 +72,14 @@ def edited_candidates(key: str) -> list[Choice]:
     )
 
 
+def product_candidates(key: str) -> list[Choice]:
+    """Return tiles of the rows of some groups of 128 and the tokens of a step."""
+    return grid(
+        {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "AHEAD": (1, 2, 3), "num_warps": (4, 8)},
+        lambda choice: choice["AHEAD"] * choice["BLOCK_M"] * (choice["BLOCK_N"] + 128) <= 48 * 1024,
+    )
+
+
 def token_candidates(key: str) -> list[Choice]:
     """Return tiles of whole tokens."""
     width = int(key.partition("-")[0])
@@ -134,6 +142,21 @@ def gradient_calls(rows: int, columns: int, group_size: int) -> Calls:
     ]
 
 
+def product_calls(tokens: int, rows: int, columns: int, group_size: int) -> Calls:
+    """Return calls that reduce the product of a bfloat16 gradient and input while it is made."""
+    arguments = learned(rows, columns, group_size)
+    return [
+        partial(
+            kernels.reduced_weight_gradient,
+            _randn(tokens, rows),
+            _randn(tokens, columns),
+            _randn(rows, columns) * 0.02,
+            **arguments,
+        )
+        for _ in range(rotations(2 * rows * columns))
+    ]
+
+
 def edited_calls(rows: int, columns: int, rank: int) -> Calls:
     """Return calls that encode a bfloat16 weight with an edit."""
     left, right = _randn(rows, rank, dtype=torch.float32) * 0.01, _randn(rank, columns, dtype=torch.float32) * 0.02
@@ -180,6 +203,12 @@ TUNABLES = (
     Tunable(name="fake_quant_edited_fwd", keys=WEIGHTS, candidates=weight_candidates, make_calls=forward_calls),
     Tunable(name="weight_gradients_bwd", keys=WEIGHTS, candidates=weight_candidates, make_calls=gradient_calls),
     Tunable(name="fake_quant_edited_steps_fwd", keys=EDITED, candidates=edited_candidates, make_calls=edited_calls),
+    Tunable(
+        name="product_gradients_bwd",
+        keys={"default": (256, 4096, 4096, 128)},
+        candidates=product_candidates,
+        make_calls=product_calls,
+    ),
     Tunable(name="quantize_per_token", keys=TOKENS, candidates=token_candidates, make_calls=token_calls),
     Tunable(name="rms_norm_quantize", keys=TOKENS, candidates=token_candidates, make_calls=norm_calls),
     Tunable(name="silu_mul_quantize", keys=TOKENS, candidates=token_candidates, make_calls=gate_calls),

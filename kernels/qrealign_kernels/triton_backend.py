@@ -14,6 +14,7 @@ BACKEND = dataclasses.replace(
     encode_weight=triton_weight.encode_weight,
     fake_quant_edited_weight=triton_weight.fake_quant_edited_weight,
     edited_weight_gradients=triton_weight_gradients.edited_weight_gradients,
+    reduced_weight_gradient=triton_weight_gradients.reduced_weight_gradient,
     rms_norm_quantize=triton_activations.rms_norm_quantize,
     rms_norm_fake_quant=triton_activations.rms_norm_fake_quant,
     rms_norm_gradients=triton_activations.rms_norm_gradients,

@@ -163,6 +163,29 @@ def test_division_by_a_known_reciprocal_rounds_as_division_does() -> None:
     assert torch.equal(codes, expected_codes)
 
 
+@pytest.mark.parametrize(("tokens", "columns", "group_size"), [(37, 96, 32), (19, 66, 33), (33, 97, None)])
+@pytest.mark.parametrize(
+    "given", [NAMES[1:5], ("low_logit",), ("column_scale", "row_divisor")], ids=["all", "low", "transform"]
+)
+def test_gradient_reduced_in_its_product_equals_the_definition(
+    each_backend: str, tokens: int, columns: int, group_size: int | None, given: tuple[str, ...]
+) -> None:
+    tensors = make_case(35, columns, group_size, given)
+    grad, x = torch.randn(tokens, 35), torch.randn(tokens, columns)
+    grid = {"num_bits": 4, "group_size": group_size, "symmetric": group_size is None, "scale_dtype": torch.float16}
+    found = kernels.reduced_weight_gradient(grad, x, **tensors, **grid)
+    fake = definition(definitions.fake_quant_edited_weight_ref, tensors, **grid)
+    expected = torch.autograd.grad(fake, [tensors[name] for name in given], grad.T @ x)
+    assert {name for name in NAMES if getattr(found, name) is not None} == set(given)
+    for name, gradient in zip(given, expected, strict=True):
+        torch.testing.assert_close(getattr(found, name), gradient, rtol=5e-4, atol=5e-4)
+
+
+def test_reduced_gradient_checks_its_shapes() -> None:
+    with pytest.raises(ValueError, match=r"grad must be \[M, 4\] and x \[M, 32\]"):
+        kernels.reduced_weight_gradient(torch.zeros(3, 4), torch.zeros(2, 32), torch.zeros(4, 32), num_bits=8)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
