@@ -12,7 +12,7 @@ from qrealign.config import parse_scheme
 from qrealign.data.capture import capture_block_inputs, run_block
 from qrealign.models.experts import split_experts
 from qrealign.quant.fake_quant import freeze_linears, set_quantize, swap_linears
-from qrealign.quant.transform import DEFAULT_SITES, EquivalentTransform
+from qrealign.quant.transform import DEFAULT_SITES, EquivalentTransform, _Spread
 from tests.helpers import MODEL_TYPES, random_batch, tiny_model
 
 ALL_SITES = (*DEFAULT_SITES, "up_to_down")
