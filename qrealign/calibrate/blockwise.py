@@ -129,6 +129,7 @@ class BlockwiseCalibrator:
         rows = torch.arange(len(self.inputs.mask), device=self.device)
         with InputMaxima(block) as maxima:
             self.streams.finetuned = self._advance(block, index, self.streams.finetuned, rows)
+        self.team.keep_largest(maxima.values)
         target = Target(benign=self.streams.finetuned, aligned=self._advance_aligned(index), probe=self.probe)
         swap_linears(block, self.scheme, scale_dtype=self.source.storage_dtype, skip=self.source.spec.skip)
         context = BlockContext(
@@ -144,7 +145,9 @@ class BlockwiseCalibrator:
         return frozen
 
     def _advance(self, block: nn.Module, index: int, stream: Tensor, rows: Tensor) -> Tensor:
-        return advance(block, index, stream, self.inputs, rows=rows, batch_size=STREAM_BATCH, place=self._place)
+        return advance(
+            block, index, stream, self.inputs, rows=rows, batch_size=STREAM_BATCH, place=self._place, team=self.team
+        )
 
     def _advance_aligned(self, index: int) -> Tensor | None:
         """Move the aligned stream past its own block; only malicious samples need it."""
