@@ -26,7 +26,7 @@ def fused_inputs(block: nn.Module, spec: BlockSpec) -> Iterator[list[str]]:
     """
     forwards = {**_norms(block, spec), **_gates(block)}
     for name, forward in forwards.items():
-        block.get_submodule(name).forward = forward  # type: ignore[method-assign]
+        block.get_submodule(name).forward = forward
     try:
         yield [*forwards]
     finally:
