@@ -120,15 +120,15 @@ def _blockwise(
 
 def stream_bytes(context: RunContext) -> int:
     """Return the bytes of the block-wise engine's activation streams."""
-    settings, width = context.settings, context.finetuned.config.hidden_size
+    settings, width = context.spec.settings, context.finetuned.config.hidden_size
     streams = 3 if settings.uses_aligned else 2
     return streams * settings.samples * settings.sequence_length * width * context.pool.dtype.itemsize
 
 
 def streams_on_host(context: RunContext) -> bool:
     """Return whether the streams of the block-wise engine stay in host memory: as asked for, or as memory is free."""
-    if context.options.memory != "auto":
-        return context.options.memory in ("low", "streamed")
+    if context.pool.memory != "auto":
+        return context.pool.memory in ("low", "streamed")
     return context.device.type == "cuda" and stream_bytes(context) > STREAM_SHARE * free_bytes(context.device)
 
 

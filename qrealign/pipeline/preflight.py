@@ -108,7 +108,7 @@ def memory_line(context: RunContext) -> str:
     pool, source = context.pool, context.finetuned
     line = f"memory      about {memory_bytes(context) / GIB:.1f} GiB on {context.device}"
     if context.spec.endtoend is None:
-        kept = context.settings.engine == "blockwise" and streams_on_host(context)
+        kept = context.spec.settings.engine == "blockwise" and streams_on_host(context)
         return f"{line}, activation streams in host memory" if kept else line
     chosen = " (chosen from what is free)" if pool.memory == "auto" else ""
     line += f", weights {pool.mode(source)}{chosen}"
@@ -126,7 +126,7 @@ def moved_bytes(context: RunContext) -> int:
 
 def memory_bytes(context: RunContext) -> int:
     """Return about how much device memory the run takes: weights, what a backward pass keeps, outputs of a batch."""
-    source, settings = context.finetuned, context.spec.endtoend or context.settings
+    source, settings = context.finetuned, context.spec.endtoend or context.spec.settings
     if context.device.type == "cuda" and settings.engine == "endtoend":
         return _endtoend_bytes(context, settings)
     if context.device.type == "cuda" and settings.engine == "blockwise":

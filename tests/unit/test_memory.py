@@ -13,7 +13,7 @@ from qrealign.config import parse_scheme
 from qrealign.models.source import open_model
 from qrealign.models.streaming import is_streamed
 from qrealign.models.transfer import open_stream
-from qrealign.pipeline import models, preflight, student
+from qrealign.pipeline import calibrating, models, preflight, student
 from qrealign.pipeline.models import ModelPool
 from qrealign.pipeline.student import Student, graph_bytes, kept_blocks
 from qrealign.quant.fake_quant import fake_quant_linears
@@ -185,3 +185,20 @@ def test_preflight_says_what_a_step_moves(source, monkeypatch):
     for pool in (resident, streamed):
         pool.device = GPU
     assert preflight.memory_bytes(context_of(source, streamed)) < preflight.memory_bytes(context_of(source, resident))
+
+
+def test_preflight_says_where_the_streams_of_the_block_wise_engine_are(source, monkeypatch):
+    settings, sizes = method_settings("paper", samples=40, sequence_length=32), {}
+    for memory, free, on_host in (
+        ("auto", 10**15, False),
+        ("auto", 4 * 2 * 40 * 32 * 64 * 4 - 1, True),  # the streams would fill a quarter
+        ("low", 10**15, True),
+        ("resident", 1, False),
+    ):
+        monkeypatch.setattr(calibrating, "free_bytes", lambda _, free=free: free)
+        context = context_of(source, ModelPool(CPU, memory), settings)
+        context.spec.endtoend, context.device = None, GPU
+        line = preflight.memory_line(context)
+        assert line.endswith("activation streams in host memory") == on_host
+        sizes[memory] = preflight.memory_bytes(context)
+    assert sizes["resident"] - sizes["low"] == calibrating.stream_bytes(context) == 2 * 40 * 32 * 64 * 4
