@@ -1,4 +1,4 @@
-"""What the Triton kernels share on the host: availability and launch choices. Imports no triton."""
+"""What the Triton kernels share on the host: availability and tile widths. Imports no triton."""
 
 from __future__ import annotations
 
@@ -6,27 +6,24 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_TILE_ELEMENTS = 2048
-_ROWS_PER_PROGRAM = 32
+# Keys of the launch tables of kernels whose tiles hold whole rows. The widest takes 32 registers of each of 1,024
+# threads; what is wider goes another way.
+KEY_WIDTHS = (128, 1024, 4096, 8192, 16384, 32768)
+LARGEST_WIDTH = KEY_WIDTHS[-1]
 
 
-class Launch(NamedTuple):
-    """Tile of a program and its warps: `BLOCK_R` rows by `BLOCK_C` columns at a time."""
-
-    block_r: int
-    block_c: int
-    num_warps: int
+def tile_width(columns: int) -> int:
+    """Return the columns of a tile that holds a row: a power of two."""
+    return 1 << (columns - 1).bit_length()
 
 
-def launch_for(columns: int) -> Launch:
-    """Return the tile for rows of this width: short rows share a program, long ones are walked in steps."""
-    block_c = min(1 << (columns - 1).bit_length(), _TILE_ELEMENTS)
-    return Launch(min(_TILE_ELEMENTS // block_c, _ROWS_PER_PROGRAM), block_c, 8 if block_c == _TILE_ELEMENTS else 4)
+def width_key(width: int) -> str:
+    """Return the key of launch tables for tiles of this width: the next of `KEY_WIDTHS`, whose tile is no smaller."""
+    return str(next(key for key in KEY_WIDTHS if key >= width))
 
 
 def interpreting() -> bool:

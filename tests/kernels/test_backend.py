@@ -136,9 +136,7 @@ def test_version_of_an_absent_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton_common.version() == "none"
 
 
-@pytest.mark.parametrize("columns", [1, 32, 128, 129, 2048, 28672])
-def test_launch_covers_a_row_with_a_bounded_tile(columns: int) -> None:
-    launch = triton_common.launch_for(columns)
-    assert launch.block_r * launch.block_c <= 2048
-    assert launch.block_c >= min(columns, 2048)
-    assert launch.block_c & (launch.block_c - 1) == 0
+@pytest.mark.parametrize(("columns", "width", "key"), [(1, 1, "128"), (129, 256, "1024"), (28672, 32768, "32768")])
+def test_a_tile_holds_a_row_and_has_the_launch_of_one_no_smaller(columns: int, width: int, key: str) -> None:
+    assert triton_common.tile_width(columns) == width
+    assert triton_common.width_key(width) == key
