@@ -80,12 +80,11 @@ const qrealign::DotKernels& dot_kernels(const std::string& name) {
 
 std::string linear_isa(const std::string& name) { return dot_kernels(name).name; }
 
-qrealign::PackedLinear packed_linear(uintptr_t codes, uintptr_t scale, uintptr_t zero_point, uintptr_t code_sum, int64_t rows,
+qrealign::PackedLinear packed_linear(uintptr_t codes, uintptr_t scale, uintptr_t zero_point, int64_t rows,
                                      int64_t columns, int64_t groups, int64_t quads, int num_bits) {
   return {pointer<const uint8_t>(codes),
           pointer<const float>(scale),
-          pointer<const int32_t>(zero_point),
-          pointer<const int32_t>(code_sum),
+          pointer<const int8_t>(zero_point),
           rows,
           columns,
           groups,
@@ -94,18 +93,18 @@ qrealign::PackedLinear packed_linear(uintptr_t codes, uintptr_t scale, uintptr_t
 }
 
 void integer_linear(const std::string& isa, uintptr_t x, uintptr_t x_scale, int64_t tokens, uintptr_t codes, uintptr_t scale,
-                    uintptr_t zero_point, uintptr_t code_sum, int64_t rows, int64_t columns, int64_t groups, int64_t quads,
-                    int num_bits, uintptr_t bias, uintptr_t out, bool bfloat16, int threads) {
+                    uintptr_t zero_point, int64_t rows, int64_t columns, int64_t groups, int64_t quads, int num_bits,
+                    uintptr_t bias, uintptr_t out, bool bfloat16, int threads) {
   qrealign::integer_linear(dot_kernels(isa), pointer<const int8_t>(x), pointer<const float>(x_scale), tokens,
-                           packed_linear(codes, scale, zero_point, code_sum, rows, columns, groups, quads, num_bits),
+                           packed_linear(codes, scale, zero_point, rows, columns, groups, quads, num_bits),
                            pointer<const float>(bias), {pointer<void>(out), bfloat16}, threads);
 }
 
 void float_linear(const std::string& isa, uintptr_t x, int64_t tokens, uintptr_t codes, uintptr_t scale, uintptr_t zero_point,
-                  int64_t rows, int64_t columns, int64_t groups, int64_t quads, uintptr_t bias, uintptr_t out, bool bfloat16,
-                  int threads) {
+                  int64_t rows, int64_t columns, int64_t groups, int64_t quads, int num_bits, uintptr_t bias, uintptr_t out,
+                  bool bfloat16, int threads) {
   qrealign::float_linear(dot_kernels(isa), pointer<const float>(x), tokens,
-                         packed_linear(codes, scale, zero_point, 0, rows, columns, groups, quads, 4),
+                         packed_linear(codes, scale, zero_point, rows, columns, groups, quads, num_bits),
                          pointer<const float>(bias), {pointer<void>(out), bfloat16}, threads);
 }
 

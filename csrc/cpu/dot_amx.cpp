@@ -59,10 +59,9 @@ TARGET_INLINE void tile_product(const DotShape& shape, const int8_t* x, const ui
   }
 }
 
-TARGET void int8_product(const DotShape& shape, const int8_t* x, const uint8_t* weight, const int32_t* code_sum,
-                         int64_t code_sum_stride, int32_t* out) {
+TARGET void int8_product(const DotShape& shape, const int8_t* x, const uint8_t* weight, int32_t* out) {
   if (shape.tokens <= kFewTokens) {
-    dot_avx512vnni()->int8(shape, x, weight, code_sum, code_sum_stride, out);
+    dot_avx512vnni()->int8(shape, x, weight, out);
     return;
   }
   const TileConfig config;

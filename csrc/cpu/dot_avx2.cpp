@@ -111,8 +111,7 @@ TARGET_INLINE void float4_tile(const DotShape& shape, const float* x, const uint
   }
 }
 
-TARGET void int8_product(const DotShape& shape, const int8_t* x, const uint8_t* weight, const int32_t*, int64_t,
-                         int32_t* out) {
+TARGET void int8_product(const DotShape& shape, const int8_t* x, const uint8_t* weight, int32_t* out) {
   for (int block = 0; block < shape.blocks; ++block, weight += shape.block_stride, out += kTileTokens * kBlockRows) {
     int token = 0;
     for (; token + 2 <= shape.tokens; token += 2) {

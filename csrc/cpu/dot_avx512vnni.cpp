@@ -23,11 +23,11 @@ TARGET_INLINE __m512i broadcast4(const int8_t* x) { return _mm512_set1_epi32(*re
 
 // The instruction multiplies unsigned by signed bytes, so x enters as x + 128 and 128 * sum of the codes leaves again.
 template <int kTokens, int kBlocks>
-TARGET_INLINE void int8_tile(const DotShape& shape, const int8_t* x, const uint8_t* weight, const int32_t* code_sum,
-                             int64_t code_sum_stride, int32_t* out) {
+TARGET_INLINE void int8_tile(const DotShape& shape, const int8_t* x, const uint8_t* weight, int32_t* out) {
   __m512i sums[kTokens][kBlocks];
   for (int block = 0; block < kBlocks; ++block) {
-    const __m512i excess = _mm512_slli_epi32(_mm512_loadu_si512(code_sum + block * code_sum_stride), 7);
+    const __m512i code_sums = load(weight + block * shape.block_stride + shape.quads * kQuadBytes);
+    const __m512i excess = _mm512_slli_epi32(code_sums, 7);
     for (int token = 0; token < kTokens; ++token) sums[token][block] = _mm512_sub_epi32(_mm512_setzero_si512(), excess);
   }
   const __m512i sign = _mm512_set1_epi8(-128);
@@ -107,21 +107,19 @@ TARGET_INLINE void float4_tile(const DotShape& shape, const float* x, const uint
   }
 }
 
-TARGET void int8_product(const DotShape& shape, const int8_t* x, const uint8_t* weight, const int32_t* code_sum,
-                         int64_t code_sum_stride, int32_t* out) {
+TARGET void int8_product(const DotShape& shape, const int8_t* x, const uint8_t* weight, int32_t* out) {
   int token = 0;
   for (; token + 6 <= shape.tokens && shape.blocks == 4; token += 6) {
-    int8_tile<6, 4>(shape, x + token * shape.token_stride, weight, code_sum, code_sum_stride, row_of(out, 0, token));
+    int8_tile<6, 4>(shape, x + token * shape.token_stride, weight, row_of(out, 0, token));
   }
   for (; token < shape.tokens; ++token) {
     const int8_t* values = x + token * shape.token_stride;
     if (shape.blocks == 4) {
-      int8_tile<1, 4>(shape, values, weight, code_sum, code_sum_stride, row_of(out, 0, token));
+      int8_tile<1, 4>(shape, values, weight, row_of(out, 0, token));
       continue;
     }
     for (int block = 0; block < shape.blocks; ++block) {
-      int8_tile<1, 1>(shape, values, weight + block * shape.block_stride, code_sum + block * code_sum_stride,
-                      code_sum_stride, row_of(out, block, token));
+      int8_tile<1, 1>(shape, values, weight + block * shape.block_stride, row_of(out, block, token));
     }
   }
 }

@@ -4,7 +4,7 @@
 namespace qrealign {
 namespace {
 
-void int8_product(const DotShape& shape, const int8_t* x, const uint8_t* weight, const int32_t*, int64_t, int32_t* out) {
+void int8_product(const DotShape& shape, const int8_t* x, const uint8_t* weight, int32_t* out) {
   for (int block = 0; block < shape.blocks; ++block) {
     for (int token = 0; token < shape.tokens; ++token) {
       const int8_t* codes = reinterpret_cast<const int8_t*>(weight + block * shape.block_stride);

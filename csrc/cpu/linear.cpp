@@ -56,7 +56,7 @@ Activations<T, Sum> lay_out(const T* x, int64_t tokens, const PackedLinear& weig
 }
 
 // Adds scale * (sum - zero_point * group_sum) of 16 rows to totals. An integer 4-bit sum is of code + 8.
-QREALIGN_INLINE void add_scaled(const int32_t* sums, int32_t group_sum, const float* scale, const int32_t* zero_point,
+QREALIGN_INLINE void add_scaled(const int32_t* sums, int32_t group_sum, const float* scale, const int8_t* zero_point,
                                 int32_t offset, float* totals) {
   for (int row = 0; row < kBlockRows; ++row) {
     const int32_t point = offset + (zero_point ? zero_point[row] : 0);
@@ -64,7 +64,7 @@ QREALIGN_INLINE void add_scaled(const int32_t* sums, int32_t group_sum, const fl
   }
 }
 
-QREALIGN_INLINE void add_scaled(const float* sums, float group_sum, const float* scale, const int32_t* zero_point, int32_t,
+QREALIGN_INLINE void add_scaled(const float* sums, float group_sum, const float* scale, const int8_t* zero_point, int32_t,
                                 float* totals) {
   for (int row = 0; row < kBlockRows; ++row) {
     const float steps = zero_point ? sums[row] - static_cast<float>(zero_point[row]) * group_sum : sums[row];
@@ -104,24 +104,26 @@ QREALIGN_CLONES void store_tile(const float* totals, const PackedLinear& weight,
 }
 
 template <typename Sum>
-QREALIGN_CLONES void add_tile(const Sum* sums, const Sum* group_sums, int64_t groups, const PackedLinear& weight,
+QREALIGN_CLONES void add_tile(const Sum* sums, const Sum* group_sums, const PackedLinear& weight,
                               int64_t first_block, int64_t group, int blocks, int tokens, int32_t offset, float* totals) {
+  const int64_t padded_rows = ceil_div(weight.rows, kBlockRows) * kBlockRows;
   for (int block = 0; block < blocks; ++block) {
-    const int64_t at = ((first_block + block) * groups + group) * kBlockRows;
-    const int32_t* zero_point = weight.zero_point ? weight.zero_point + at : nullptr;
+    const int64_t at = group * padded_rows + (first_block + block) * kBlockRows;
+    const int8_t* zero_point = weight.zero_point ? weight.zero_point + at : nullptr;
     for (int t = 0; t < tokens; ++t) {
       const int64_t tile = (block * kTileTokens + t) * kBlockRows;
-      add_scaled(sums + tile, group_sums[t * groups + group], weight.scale + at, zero_point, offset, totals + tile);
+      add_scaled(sums + tile, group_sums[t * weight.groups + group], weight.scale + at, zero_point, offset, totals + tile);
     }
   }
 }
 
-// Runs `product(shape, x, block address, first block and group, sums)` over all tiles of the output.
+// Runs `product(shape, x, weight, sums)` over all tiles of the output.
 template <typename T, typename Sum, typename Product>
 void linear(const Activations<T, Sum>& x, int64_t tokens, const PackedLinear& weight, int32_t offset, const float* x_scale,
             const float* bias, const LinearOutput& out, int threads, const Product& product) {
   const int64_t blocks = ceil_div(weight.rows, kBlockRows), groups = weight.groups;
-  const int64_t group_bytes = weight.quads * kQuadBytes, block_bytes = groups * group_bytes;
+  const int64_t code_sum_bytes = weight.num_bits == 8 ? kBlockRows * sizeof(int32_t) : 0;
+  const int64_t group_bytes = weight.quads * kQuadBytes + code_sum_bytes, block_bytes = groups * group_bytes;
   const int64_t group_columns = weight.quads * (weight.num_bits == 4 ? 8 : 4);
   const int64_t panels = ceil_div(blocks, kTileBlocks);
   parallel_for(panels, kTileBlocks * kBlockRows * weight.columns * tokens, threads, [&](int64_t begin, int64_t end) {
@@ -138,8 +140,8 @@ void linear(const Activations<T, Sum>& x, int64_t tokens, const PackedLinear& we
         }
         for (int64_t group = 0; group < groups; ++group) {
           product(shape, x.values.get() + token * x.stride + group * group_columns,
-                  weight.codes + first_block * block_bytes + group * group_bytes, first_block * groups + group, sums);
-          add_tile(sums, x.group_sums.get() + token * groups, groups, weight, first_block, group, shape.blocks,
+                  weight.codes + first_block * block_bytes + group * group_bytes, sums);
+          add_tile(sums, x.group_sums.get() + token * groups, weight, first_block, group, shape.blocks,
                    shape.tokens, offset, totals);
         }
         store_tile(totals, weight, first_block * kBlockRows, shape.blocks, token, shape.tokens, x_scale, bias, out);
@@ -162,29 +164,15 @@ const DotKernels* find_dot_kernels(const char* name) {
 
 void integer_linear(const DotKernels& kernels, const int8_t* x, const float* x_scale, int64_t tokens,
                     const PackedLinear& weight, const float* bias, const LinearOutput& out, int threads) {
-  if (weight.num_bits == 4) {
-    const auto laid_out = lay_out<int8_t, int32_t>(x, tokens, weight, true, threads);
-    linear(laid_out, tokens, weight, 8, x_scale, bias, out, threads,
-           [&](const DotShape& shape, const int8_t* values, const uint8_t* codes, int64_t, int32_t* sums) {
-             kernels.int4(shape, values, codes, sums);
-           });
-    return;
-  }
-  const auto laid_out = lay_out<int8_t, int32_t>(x, tokens, weight, false, threads);
-  const int64_t stride = weight.groups * kBlockRows;
-  linear(laid_out, tokens, weight, 0, x_scale, bias, out, threads,
-         [&](const DotShape& shape, const int8_t* values, const uint8_t* codes, int64_t at, int32_t* sums) {
-           kernels.int8(shape, values, codes, weight.code_sum + at * kBlockRows, stride, sums);
-         });
+  const bool four_bits = weight.num_bits == 4;
+  const auto laid_out = lay_out<int8_t, int32_t>(x, tokens, weight, four_bits, threads);
+  linear(laid_out, tokens, weight, four_bits ? 8 : 0, x_scale, bias, out, threads, four_bits ? kernels.int4 : kernels.int8);
 }
 
 void float_linear(const DotKernels& kernels, const float* x, int64_t tokens, const PackedLinear& weight, const float* bias,
                   const LinearOutput& out, int threads) {
   const auto laid_out = lay_out<float, float>(x, tokens, weight, false, threads);
-  linear(laid_out, tokens, weight, 0, nullptr, bias, out, threads,
-         [&](const DotShape& shape, const float* values, const uint8_t* codes, int64_t, float* sums) {
-           kernels.float4(shape, values, codes, sums);
-         });
+  linear(laid_out, tokens, weight, 0, nullptr, bias, out, threads, kernels.float4);
 }
 
 }  // namespace qrealign

@@ -2,7 +2,8 @@
 //
 // Weights lie in blocks of 16 output rows. A block holds, for each run of 4 bytes along K, those 4 bytes of row 0, then of
 // row 1, ... of row 15: 64 bytes, one AVX-512 register or one row of an AMX tile. A byte is an 8-bit code, or two 4-bit codes
-// (code + 8, the earlier one low), so that a lane of 32 bits holds 4 or 8 consecutive codes of one row.
+// (code + 8, the earlier one low), so that a lane of 32 bits holds 4 or 8 consecutive codes of one row. Behind the 8-bit codes
+// of a block's group stand their sums, an int32 for each of the 16 rows.
 //
 // Included by files of one instruction set: nothing of the standard library but integers, whose templates would otherwise
 // be compiled for that instruction set and shared by the linker with machines that lack it.
@@ -32,10 +33,8 @@ struct DotShape {
 // the other, each by one fused multiply-add.
 struct DotKernels {
   const char* name;
-  // out = sum of x * code over 4 * quads columns. Of x, whole tiles of 16 tokens can be read. `code_sum` [blocks][row] sums
-  // the codes and stands `code_sum_stride` entries apart.
-  void (*int8)(const DotShape& shape, const int8_t* x, const uint8_t* weight, const int32_t* code_sum,
-               int64_t code_sum_stride, int32_t* out);
+  // out = sum of x * code over 4 * quads columns. Of x, whole tiles of 16 tokens can be read.
+  void (*int8)(const DotShape& shape, const int8_t* x, const uint8_t* weight, int32_t* out);
   // out = sum of x * (code + 8) over 8 * quads columns; among each 8, x holds the even columns first.
   void (*int4)(const DotShape& shape, const int8_t* x, const uint8_t* weight, int32_t* out);
   // out = sum of x * code over 8 * quads columns, in float32, column after column.
@@ -51,13 +50,12 @@ const DotKernels* dot_amx();
 // The fastest usable set, or the one named; null if that one is not usable. A choice by name is for tests and measurements.
 const DotKernels* find_dot_kernels(const char* name);
 
-// A weight [rows, columns] as above. Each of `groups` groups of columns is padded by zero codes to `quads` runs of 4 bytes.
-// Scales, zero points and sums of codes are [blocks][groups][16].
+// A weight [rows, columns] as above: codes are [blocks][groups][bytes], each group padded by zero codes to `quads` runs of 4
+// bytes. Scales and zero points are [groups][rows, padded to whole blocks].
 struct PackedLinear {
   const uint8_t* codes;
   const float* scale;
-  const int32_t* zero_point;  // null if all are zero
-  const int32_t* code_sum;    // 8-bit codes only
+  const int8_t* zero_point;  // null if all are zero
   int64_t rows;
   int64_t columns;
   int64_t groups;
