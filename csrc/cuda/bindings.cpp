@@ -17,24 +17,37 @@ void check(int code) {
   if (code != 0) throw std::runtime_error(std::string("a CUDA kernel was not launched: ") + qrealign::error_text(code));
 }
 
-void decode_int4(int element, uintptr_t x, uintptr_t codes, uintptr_t scale, uintptr_t zero_point, uintptr_t bias,
-                 uintptr_t out, int tokens, int rows, int columns, int groups, int warps, int row_tiles, int k_tiles,
-                 bool overlap, uintptr_t stream) {
-  check(qrealign::decode_int4(static_cast<qrealign::Element>(element), pointer<void>(x), pointer<void>(codes),
-                              pointer<float>(scale), pointer<int8_t>(zero_point), pointer<void>(bias), pointer<void>(out),
-                              {tokens, rows, columns}, groups, {warps, row_tiles, k_tiles, overlap}, pointer<void>(stream)));
+qrealign::Element element_of(int code) { return static_cast<qrealign::Element>(code); }
+
+void decode_int4(int element, uintptr_t x, uintptr_t codes, int scale_element, uintptr_t scale, uintptr_t zero_point,
+                 uintptr_t bias, uintptr_t out, int tokens, int rows, int columns, int row_bytes, int groups, int warps,
+                 int row_tiles, int stages, bool overlap, uintptr_t stream) {
+  check(qrealign::decode_int4(element_of(element), pointer<void>(x), pointer<void>(codes), element_of(scale_element),
+                              pointer<void>(scale), pointer<int8_t>(zero_point), pointer<void>(bias), pointer<void>(out),
+                              {tokens, rows, columns, row_bytes}, groups, {warps, row_tiles, stages, overlap},
+                              pointer<void>(stream)));
 }
 
-void decode_int8(int element, uintptr_t x, uintptr_t x_scale, uintptr_t codes, uintptr_t scale, uintptr_t bias, uintptr_t out,
-                 int tokens, int rows, int columns, int warps, int row_tiles, int k_tiles, bool overlap, uintptr_t stream) {
-  check(qrealign::decode_int8(static_cast<qrealign::Element>(element), pointer<int8_t>(x), pointer<float>(x_scale),
-                              pointer<int8_t>(codes), pointer<float>(scale), pointer<void>(bias), pointer<void>(out),
-                              {tokens, rows, columns}, {warps, row_tiles, k_tiles, overlap}, pointer<void>(stream)));
+void decode_int8(int element, uintptr_t x, uintptr_t x_scale, uintptr_t codes, int scale_element, uintptr_t scale,
+                 uintptr_t bias, uintptr_t out, int tokens, int rows, int columns, int row_bytes, int warps, int row_tiles,
+                 int stages, bool overlap, uintptr_t stream) {
+  check(qrealign::decode_int8(element_of(element), pointer<int8_t>(x), pointer<float>(x_scale), pointer<void>(codes),
+                              element_of(scale_element), pointer<void>(scale), pointer<void>(bias), pointer<void>(out),
+                              {tokens, rows, columns, row_bytes}, {warps, row_tiles, stages, overlap}, pointer<void>(stream)));
+}
+
+void quantize_decode_int8(int element, uintptr_t x, uintptr_t codes, int scale_element, uintptr_t scale, uintptr_t bias,
+                          uintptr_t out, int tokens, int rows, int columns, int row_bytes, int warps, int row_tiles,
+                          int stages, bool overlap, uintptr_t stream) {
+  check(qrealign::quantize_decode_int8(element_of(element), pointer<void>(x), pointer<void>(codes), element_of(scale_element),
+                                       pointer<void>(scale), pointer<void>(bias), pointer<void>(out),
+                                       {tokens, rows, columns, row_bytes}, {warps, row_tiles, stages, overlap},
+                                       pointer<void>(stream)));
 }
 
 void quantize_tokens(int element, uintptr_t x, uintptr_t codes, uintptr_t scale, int tokens, int columns, bool overlap,
                      uintptr_t stream) {
-  check(qrealign::quantize_tokens(static_cast<qrealign::Element>(element), pointer<void>(x), pointer<int8_t>(codes),
+  check(qrealign::quantize_tokens(element_of(element), pointer<void>(x), pointer<int8_t>(codes),
                                   pointer<float>(scale), tokens, columns, overlap, pointer<void>(stream)));
 }
 
@@ -44,5 +57,6 @@ PYBIND11_MODULE(_C_cuda, module) {
   module.doc() = "Decode kernels for NVIDIA GPUs; arguments are addresses, sizes and a stream handle.";
   module.def("decode_int4", &decode_int4);
   module.def("decode_int8", &decode_int8);
+  module.def("quantize_decode_int8", &quantize_decode_int8);
   module.def("quantize_tokens", &quantize_tokens);
 }

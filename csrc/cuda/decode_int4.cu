@@ -1,28 +1,30 @@
 // 4-bit weights times 16-bit activations for up to 16 tokens.
 //
-// A tile is 16 rows x 128 columns: thread (g, t) of a warp, g = lane / 4, t = lane % 4, reads 16 bytes (32 codes) of the rows
-// g and g + 8. Tensor cores do not care which columns meet in a product as long as weights and x agree, so a thread's
-// own codes are its fragments: masking a word with 0x000f000f leaves columns c and c + 4 in place as the mantissas of two
-// numbers whose exponent comes from one OR. They are code + 8 + kMagic; what is too much leaves as kMagic times the sum of
-// x, which one more product (with ones) gives, in the layout that it is needed in.
+// A unit is 16 rows x 256 columns: thread (g, t) of a warp, g = lane / 4, t = lane % 4, takes words 8t to 8t + 7 of rows g and
+// g + 8. Tensor cores do not care which columns meet in a product as long as weights and x agree, so a thread's own words
+// are its fragments: masking with 0x000f000f leaves a column and the one 64 further as the mantissas of two numbers whose
+// exponent comes from one OR. They are code + 8 + 2^k; what is too much leaves as a multiple of the sum of x, which one
+// more product, with ones, gives in the layout that it is needed in.
 #include "device.cuh"
 
 namespace qrealign {
 namespace {
 
+constexpr int kPlane = 32;  // columns that the same nibble of 32 words holds; see layouts.py
+
 template <typename T>
 struct Magic;
 template <>
 struct Magic<__nv_bfloat16> {
-  static constexpr uint32_t kExponent = 0x43004300u;  // 128, its last place is 1
+  static constexpr uint32_t kExponent = 0x43004300u;  // 128, whose last place is 1
   static constexpr uint32_t kOnes = 0x3f803f80u;
-  static constexpr float kOffset = 136.0f;
+  static constexpr float kOffset = 128.0f + 8.0f;
 };
 template <>
 struct Magic<__half> {
-  static constexpr uint32_t kExponent = 0x64006400u;  // 1024, its last place is 1
+  static constexpr uint32_t kExponent = 0x64006400u;  // 1024, whose last place is 1
   static constexpr uint32_t kOnes = 0x3c003c00u;
-  static constexpr float kOffset = 1032.0f;
+  static constexpr float kOffset = 1024.0f + 8.0f;
 };
 
 template <typename T>
@@ -43,153 +45,145 @@ __device__ __forceinline__ void multiply<__half>(float (&sums)[4], uint32_t a0, 
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Columns c and c + 4 of a word.
+// Nibbles i and i + 4 of a word as numbers.
 template <typename T>
-__device__ __forceinline__ uint32_t decode(uint32_t word, int c) {
-  return ((word >> (4 * c)) & 0x000f000fu) | Magic<T>::kExponent;
+__device__ __forceinline__ uint32_t decode(uint32_t word, int i) {
+  return ((word >> (4 * i)) & 0x000f000fu) | Magic<T>::kExponent;
 }
 
-template <typename T, int kRowTiles, int kKTiles, int kTokenTiles, bool kSymmetric>
-__global__ void __launch_bounds__(kMaxWarps* kWarp) decode_int4_kernel(const T* x, const uint8_t* codes, const float* scale, const int8_t* zero_point,
-                                   const T* bias, T* out, int tokens, int rows, int columns, int groups) {
-  constexpr int kRows = kRowTiles * kTileRows, kColumns = 2 * kTileBytes;
-  extern __shared__ float shared[];  // [warps][kRows][kTokenTiles * 8]
+template <typename T, int kRowTiles, int kTokenTiles, int kStages, bool kSymmetric>
+__global__ void __launch_bounds__(kMaxWarps* kWarp)
+    decode_int4_kernel(const T* x, const uint8_t* codes, Element scale_element, const void* scale, const int8_t* zero_point,
+                       const T* bias, T* out, DecodeShape shape, int groups) {
+  constexpr int kRows = kRowTiles * kTileRows, kTokens = kTokenTiles * kTileTokens, kUnitColumns = 2 * kUnitBytes;
+  extern __shared__ char shared[];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int g = lane / 4, t = lane % 4;
-  const int first_row = blockIdx.x * kRows, tiles = columns / kColumns, tiles_to_group = tiles / groups;
-  const size_t row_bytes = columns / 2;
+  const int first_row = blockIdx.x * kRows, units = (shape.row_bytes + kUnitBytes - 1) / kUnitBytes;
+  const int group_halves = max(shape.columns / groups / 128, 1);  // halves of a unit in a group
 
-  float totals[kRowTiles][kTokenTiles][4] = {};
-  for (int first = warp * kKTiles; first < tiles; first += warps * kKTiles) {
-    uint4 words[kKTiles][kRowTiles][2];
-    float scales[kKTiles][kRowTiles][2], points[kKTiles][kRowTiles][2];
+  using Stream = WeightStream<kRows, kStages>;
+  const Stream stream(shared + warp * Stream::kBytes, codes, shape.row_bytes, first_row, shape.rows);
+  for (int stage = 0; stage < kStages; ++stage) {
+    if (warp + stage * warps < units) stream.fetch(warp + stage * warps, stage);
+    stream.commit();
+  }
+  // Scales come from memory as the weights do: they are read one unit ahead.
+  float scales[2][kRowTiles][2], points[2][kRowTiles][2];  // [half of the unit][tile][row g or g + 8]
+  const auto read_scales = [&](int unit) {
 #pragma unroll
-    for (int k = 0; k < kKTiles; ++k) {
+    for (int half = 0; half < 2; ++half) {
+      const int group = min((2 * unit + half) / group_halves, groups - 1);
 #pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          // Rows and tiles past the end are read again from the last ones, and meet neither an output nor an x.
-          const size_t row = min(first_row + r * kTileRows + half * 8 + g, rows - 1);
-          const int tile = min(first + k, tiles - 1);
-          words[k][r][half] = load_once(codes + row * row_bytes + tile * kTileBytes + t * 16);
-          const size_t group = row * groups + tile / tiles_to_group;
-          scales[k][r][half] = __ldg(scale + group);
-          points[k][r][half] = kSymmetric ? Magic<T>::kOffset : Magic<T>::kOffset + __ldg(zero_point + group);
-        }
+      for (int i = 0; i < 2 * kRowTiles; ++i) {
+        const size_t at = static_cast<size_t>(min(first_row + 8 * i + g, shape.rows - 1)) * groups + group;
+        scales[half][i / 2][i % 2] = read_float(scale_element, scale, at);
+        points[half][i / 2][i % 2] = Magic<T>::kOffset;
+        if (!kSymmetric) points[half][i / 2][i % 2] += zero_point[at];
       }
     }
-    if (first == warp * kKTiles) wait_for_kernels_before();
+  };
+  read_scales(warp);
+  wait_for_kernels_before();
+
+  float totals[kRowTiles][kTokenTiles][4] = {};
+  int stage = 0;
+  for (int unit = warp; unit < units; unit += warps) {
+    stream.wait();
+    uint4 words[kRowTiles][2][2];  // [tile][row g or g + 8][first or last four words]
 #pragma unroll
-    for (int k = 0; k < kKTiles; ++k) {
+    for (int i = 0; i < 4 * kRowTiles; ++i) {
+      words[i / 4][i / 2 % 2][i % 2] = stream.chunk(stage, i / 2 * 8 + g, 2 * t + i % 2);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
       float sums[kRowTiles][kTokenTiles][4] = {}, x_sums[kTokenTiles][4] = {};
-      uint4 values[kTokenTiles][4] = {};
+      uint4 values[kTokenTiles][4] = {};  // 8 columns of the 4 planes
 #pragma unroll
-      for (int n = 0; n < kTokenTiles; ++n) {
-        const int token = n * kTileTokensMma + g;
-        if (token < tokens && first + k < tiles) {
-          const T* from = x + static_cast<size_t>(token) * columns + (first + k) * kColumns + t * 32;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) values[n][i] = load(from + 8 * i);
+      for (int i = 0; i < 4 * kTokenTiles; ++i) {
+        const int token = i / 4 * kTileTokens + g, column = unit * kUnitColumns + (4 * half + i % 4) * kPlane + 8 * t;
+        if (token < shape.tokens && column < shape.columns) {
+          values[i / 4][i % 4] = load(x + static_cast<size_t>(token) * shape.columns + column);
         }
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {  // words of 8 columns
-        uint32_t b[kTokenTiles][4];
+      for (int word = 0; word < 8; ++word) {
+        const int selector = word % 2 ? 0x7632 : 0x5410;
+        uint32_t b0[kTokenTiles], b1[kTokenTiles];
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
-          const uint4 v = values[n][i];
-          b[n][0] = __byte_perm(v.x, v.z, 0x5410);  // columns 0 and 4
-          b[n][1] = __byte_perm(v.x, v.z, 0x7632);
-          b[n][2] = __byte_perm(v.y, v.w, 0x5410);
-          b[n][3] = __byte_perm(v.y, v.w, 0x7632);
+          b0[n] = __byte_perm(word_of(values[n][0], word / 2), word_of(values[n][2], word / 2), selector);
+          b1[n] = __byte_perm(word_of(values[n][1], word / 2), word_of(values[n][3], word / 2), selector);
           constexpr uint32_t kOnes = Magic<T>::kOnes;
-          multiply<T>(x_sums[n], kOnes, kOnes, kOnes, kOnes, b[n][0], b[n][1]);
-          multiply<T>(x_sums[n], kOnes, kOnes, kOnes, kOnes, b[n][2], b[n][3]);
+          multiply<T>(x_sums[n], kOnes, kOnes, kOnes, kOnes, b0[n], b1[n]);
         }
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
-          const uint4 upper = words[k][r][0], lower = words[k][r][1];
-          const uint32_t u = i == 0 ? upper.x : i == 1 ? upper.y : i == 2 ? upper.z : upper.w;
-          const uint32_t l = i == 0 ? lower.x : i == 1 ? lower.y : i == 2 ? lower.z : lower.w;
+          const uint32_t upper = word_of(words[r][0][word / 4], word % 4), lower = word_of(words[r][1][word / 4], word % 4);
+          const uint32_t a0 = decode<T>(upper, half), a1 = decode<T>(lower, half);
+          const uint32_t a2 = decode<T>(upper, half + 2), a3 = decode<T>(lower, half + 2);
 #pragma unroll
-          for (int c = 0; c < 4; c += 2) {
-            const uint32_t a0 = decode<T>(u, c), a1 = decode<T>(l, c), a2 = decode<T>(u, c + 1), a3 = decode<T>(l, c + 1);
-#pragma unroll
-            for (int n = 0; n < kTokenTiles; ++n) multiply<T>(sums[r][n], a0, a1, a2, a3, b[n][c], b[n][c + 1]);
-          }
+          for (int n = 0; n < kTokenTiles; ++n) multiply<T>(sums[r][n], a0, a1, a2, a3, b0[n], b1[n]);
         }
       }
 #pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-        for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            totals[r][n][i] += scales[k][r][i / 2] * (sums[r][n][i] - points[k][r][i / 2] * x_sums[n][i]);
-          }
-        }
+      for (int i = 0; i < kRowTiles * kTokenTiles * 4; ++i) {
+        const int r = i / (kTokenTiles * 4), n = i / 4 % kTokenTiles, row = i % 4 / 2;
+        totals[r][n][i % 4] += scales[half][r][row] * (sums[r][n][i % 4] - points[half][r][row] * x_sums[n][i % 4]);
       }
     }
+    __syncwarp();
+    if (unit + kStages * warps < units) stream.fetch(unit + kStages * warps, stage);
+    stream.commit();
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+    if (unit + warps < units) read_scales(unit + warps);
   }
   let_next_kernel_start();
 
-  constexpr int kTokens = kTokenTiles * kTileTokensMma;
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-    for (int n = 0; n < kTokenTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = r * kTileRows + (i / 2) * 8 + g, token = n * kTileTokensMma + 2 * t + i % 2;
-        shared[(warp * kTokens + token) * kRows + row] = totals[r][n][i];
-      }
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < kRows * tokens; i += blockDim.x) {
+  const float* sums = sum_over_warps<float, kRowTiles, kTokenTiles>(totals, shared);
+  for (int i = threadIdx.x; i < kRows * shape.tokens; i += blockDim.x) {
     const int row = first_row + i % kRows, token = i / kRows;
-    if (row >= rows) continue;
+    if (row >= shape.rows) continue;
     float total = 0.0f;
-    for (int w = 0; w < warps; ++w) total += shared[w * kTokens * kRows + i];
+    for (int w = 0; w < warps; ++w) total += sums[w * kTokens * kRows + i];
     if (bias) total += to_float(bias[row]);
-    out[static_cast<size_t>(token) * rows + row] = from_float<T>(total);
+    out[static_cast<size_t>(token) * shape.rows + row] = from_float<T>(total);
   }
 }
 
-template <typename T, int kRowTiles, int kKTiles>
-int launch_tokens(const void* x, const void* codes, const float* scale, const int8_t* zero_point, const void* bias, void* out,
-                  DecodeShape shape, int groups, DecodeLaunch launch, void* stream) {
-  const int token_tiles = shape.tokens > kTileTokensMma ? 2 : 1;
-  const auto kernel = token_tiles == 1 ? (zero_point ? decode_int4_kernel<T, kRowTiles, kKTiles, 1, false>
-                                                     : decode_int4_kernel<T, kRowTiles, kKTiles, 1, true>)
-                                       : (zero_point ? decode_int4_kernel<T, kRowTiles, kKTiles, 2, false>
-                                                     : decode_int4_kernel<T, kRowTiles, kKTiles, 2, true>);
-  const int block_rows = kRowTiles * kTileRows;
-  const int shared_bytes = launch.warps * block_rows * token_tiles * kTileTokensMma * static_cast<int>(sizeof(float));
-  return launch_kernel(kernel, (shape.rows + block_rows - 1) / block_rows, launch.warps * kWarp, shared_bytes, launch.overlap,
-                       stream, static_cast<const T*>(x), static_cast<const uint8_t*>(codes), scale, zero_point,
-                       static_cast<const T*>(bias), static_cast<T*>(out), shape.tokens, shape.rows, shape.columns, groups);
+template <typename T, int kRowTiles, int kStages>
+int launch(const void* x, const void* codes, Element scale_element, const void* scale, const int8_t* zero_point,
+           const void* bias, void* out, DecodeShape shape, int groups, DecodeLaunch launch, void* stream) {
+  const bool wide = shape.tokens > kTileTokens, symmetric = zero_point == nullptr;
+  const auto kernel = wide ? (symmetric ? decode_int4_kernel<T, kRowTiles, 2, kStages, true>
+                                        : decode_int4_kernel<T, kRowTiles, 2, kStages, false>)
+                           : (symmetric ? decode_int4_kernel<T, kRowTiles, 1, kStages, true>
+                                        : decode_int4_kernel<T, kRowTiles, 1, kStages, false>);
+  const int rows = kRowTiles * kTileRows, tokens = wide ? 2 * kTileTokens : kTileTokens;
+  return launch_kernel(kernel, (shape.rows + rows - 1) / rows, launch.warps * kWarp,
+                       shared_bytes(launch.warps, rows, kStages, tokens), launch.overlap, stream,
+                       static_cast<const T*>(x), static_cast<const uint8_t*>(codes), scale_element, scale, zero_point,
+                       static_cast<const T*>(bias), static_cast<T*>(out), shape, groups);
 }
 
 template <typename T>
-int launch_tiles(const void* x, const void* codes, const float* scale, const int8_t* zero_point, const void* bias, void* out,
-                 DecodeShape shape, int groups, DecodeLaunch launch, void* stream) {
-  const auto chosen = launch.row_tiles == 1 && launch.k_tiles == 1   ? launch_tokens<T, 1, 1>
-                      : launch.row_tiles == 1 && launch.k_tiles == 2 ? launch_tokens<T, 1, 2>
-                      : launch.row_tiles == 1 && launch.k_tiles == 4 ? launch_tokens<T, 1, 4>
-                      : launch.row_tiles == 2 && launch.k_tiles == 1 ? launch_tokens<T, 2, 1>
-                      : launch.row_tiles == 2 && launch.k_tiles == 2 ? launch_tokens<T, 2, 2>
-                                                                     : nullptr;
-  return chosen ? chosen(x, codes, scale, zero_point, bias, out, shape, groups, launch, stream) : -1;
+auto find_launch(DecodeLaunch cut) {
+  using Launch = decltype(&launch<T, 1, 2>);
+  if (cut.row_tiles == 1 && cut.stages == 2) return launch<T, 1, 2>;
+  if (cut.row_tiles == 1 && cut.stages == 3) return launch<T, 1, 3>;
+  if (cut.row_tiles == 2 && cut.stages == 2) return launch<T, 2, 2>;
+  if (cut.row_tiles == 2 && cut.stages == 3) return launch<T, 2, 3>;
+  return Launch(nullptr);
 }
 
 }  // namespace
 
-int decode_int4(Element element, const void* x, const void* codes, const float* scale, const int8_t* zero_point,
-                const void* bias, void* out, DecodeShape shape, int groups, DecodeLaunch launch, void* stream) {
-  const auto chosen = element == Element::kBFloat16 ? launch_tiles<__nv_bfloat16> : launch_tiles<__half>;
-  return chosen(x, codes, scale, zero_point, bias, out, shape, groups, launch, stream);
+int decode_int4(Element element, const void* x, const void* codes, Element scale_element, const void* scale,
+                const int8_t* zero_point, const void* bias, void* out, DecodeShape shape, int groups, DecodeLaunch cut,
+                void* stream) {
+  if (element == Element::kFloat32) return -1;
+  const auto found = element == Element::kBFloat16 ? find_launch<__nv_bfloat16>(cut) : find_launch<__half>(cut);
+  return found ? found(x, codes, scale_element, scale, zero_point, bias, out, shape, groups, cut, stream) : -1;
 }
 
 const char* error_text(int code) {
