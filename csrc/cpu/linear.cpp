@@ -79,26 +79,28 @@ QREALIGN_INLINE uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>(x != x ? 0x7FC0u : rounded);
 }
 
-// A tile's outputs: totals * x_scale + bias, rounded once.
+// A tile's outputs: totals * x_scale + bias, rounded once. Rows behind the last are computed and not stored.
 QREALIGN_CLONES void store_tile(const float* totals, const PackedLinear& weight, int64_t first_row, int blocks,
                                 int64_t first_token, int tokens, const float* x_scale, const float* bias,
                                 const LinearOutput& out) {
   for (int block = 0; block < blocks; ++block) {
     const int64_t row = first_row + block * kBlockRows;
-    const int rows = static_cast<int>(std::min<int64_t>(kBlockRows, weight.rows - row));
+    const size_t rows = static_cast<size_t>(std::min<int64_t>(kBlockRows, weight.rows - row));
+    float shift[kBlockRows] = {};
+    if (bias) std::memcpy(shift, bias + row, sizeof(float) * rows);
     for (int t = 0; t < tokens; ++t) {
       const float* from = totals + (block * kTileTokens + t) * kBlockRows;
-      float values[kBlockRows];
-      for (int i = 0; i < kBlockRows; ++i) values[i] = x_scale ? from[i] * x_scale[first_token + t] : from[i];
-      if (bias) {
-        for (int i = 0; i < rows; ++i) values[i] += bias[row + i];
-      }
+      const float factor = x_scale ? x_scale[first_token + t] : 1.0f;
       const int64_t at = (first_token + t) * weight.rows + row;
-      if (out.bfloat16) {
-        for (int i = 0; i < rows; ++i) static_cast<uint16_t*>(out.values)[at + i] = to_bfloat16(values[i]);
-      } else {
+      float values[kBlockRows];
+      for (int i = 0; i < kBlockRows; ++i) values[i] = from[i] * factor + shift[i];
+      if (!out.bfloat16) {
         std::memcpy(static_cast<float*>(out.values) + at, values, sizeof(float) * rows);
+        continue;
       }
+      uint16_t rounded[kBlockRows];
+      for (int i = 0; i < kBlockRows; ++i) rounded[i] = to_bfloat16(values[i]);
+      std::memcpy(static_cast<uint16_t*>(out.values) + at, rounded, sizeof(uint16_t) * rows);
     }
   }
 }

@@ -78,7 +78,9 @@ def _interleave(rows: Tensor) -> Tensor:
 
 
 def _by_group(values: Tensor) -> Tensor:
-    """Return `[N, G]` whose memory is `[G, N padded to whole blocks]`."""
+    """Return `[N, G]` whose memory is `[G][N padded to whole blocks]`: itself, where that is so."""
+    if values.stride(0) == 1 and values.stride(1) == -(-len(values) // BLOCK_ROWS) * BLOCK_ROWS:
+        return values
     padded = torch.nn.functional.pad(values.t(), (0, -len(values) % BLOCK_ROWS)).contiguous()
     return padded.t()[: len(values)]
 
@@ -106,13 +108,15 @@ def packed_linear(
     # float16 is left to torch, which rounds as C++ would have to by hand.
     stored = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
     bias = None if bias is None else bias.float().contiguous()
+    # Copying a weight may have changed how these lie in memory.
+    scale, zero_point = _by_group(weight.scale), None if weight.zero_point is None else _by_group(weight.zero_point)
     tokens = x.codes if isinstance(x, QuantizedActivations) else x
     out = torch.empty(tokens.shape[0], rows, dtype=stored)
     rest = (
         tokens.shape[0],
         weight.data.data_ptr(),
-        weight.scale.data_ptr(),
-        0 if weight.zero_point is None else weight.zero_point.data_ptr(),
+        scale.data_ptr(),
+        0 if zero_point is None else zero_point.data_ptr(),
         rows,
         columns,
         weight.groups,
@@ -124,8 +128,8 @@ def packed_linear(
         torch.get_num_threads(),
     )
     if isinstance(x, QuantizedActivations):
-        codes, scale = x.codes.contiguous(), x.scale.contiguous()
-        _C.integer_linear(ISA, codes.data_ptr(), scale.data_ptr(), *rest)
+        codes, x_scale = x.codes.contiguous(), x.scale.contiguous()
+        _C.integer_linear(ISA, codes.data_ptr(), x_scale.data_ptr(), *rest)
     else:
         values = x.float().contiguous()
         _C.float_linear(ISA, values.data_ptr(), *rest)
