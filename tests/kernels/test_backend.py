@@ -112,7 +112,7 @@ def test_extension_that_is_missing_or_broken_keeps_its_reason(monkeypatch: pytes
         None,
         "qrealign_kernels._absent is not built (no build was attempted)",
     )
-    note.write_text("left out: no compiler\n")
+    note.write_text("_C: built\n_absent: left out: no compiler\n")
     assert native.load_extension("_absent")[1] == "qrealign_kernels._absent is not built (left out: no compiler)"
 
     def fail(name: str) -> None:
