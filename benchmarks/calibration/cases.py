@@ -138,7 +138,16 @@ _CASES = (
     ),
 )
 CASES: dict[str, Case] = {case.name: case for case in _CASES}
-DEFAULT = ("realign", "realign-80", "realign-streamed", "fast", "parity", "parity-low", "realign-reference", "parity-reference")
+DEFAULT = (
+    "realign",
+    "realign-80",
+    "realign-streamed",
+    "fast",
+    "parity",
+    "parity-low",
+    "realign-reference",
+    "parity-reference",
+)
 
 
 def find_cases(names: Sequence[str]) -> list[Case]:

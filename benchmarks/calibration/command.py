@@ -51,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shorten", type=int, default=1, metavar="N", help="take N times fewer steps (default: 1)")
     parser.add_argument("--tokens", type=int, default=128, metavar="N", help="of a prompt (default: 128)")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto (default), cpu or cuda")
-    parser.add_argument("--profile", action="store_true", help="list the kernels of the steps; the seconds are not kept")
+    parser.add_argument(
+        "--profile", action="store_true", help="list the kernels of the steps; the seconds are not kept"
+    )
     parser.add_argument(
         "--work", type=Path, default=Path("out/calibration"), metavar="DIR", help="gets weights and runs"
     )

@@ -85,7 +85,12 @@ GOALS = (
         authors="5.7 for a block",
     ),
     Goal(key="peak_device_low_gib", what="block-wise, peak device memory, low", unit="GiB", limit=4),
-    Goal(key="peak_host_gb", what="peak host memory, block-wise and resident, mapped file pages aside", unit="GB", limit=8),
+    Goal(
+        key="peak_host_gb",
+        what="peak host memory, block-wise and resident, mapped file pages aside",
+        unit="GB",
+        limit=8,
+    ),
     Goal(
         key="two_gpu_speedup",
         what="two GPUs against one, optimisation",
@@ -158,9 +163,7 @@ def headline_figures(rows: Sequence[Row], ceilings: Mapping[str, Ceilings]) -> d
     return found
 
 
-def _largest(
-    rows: Iterable[Row | None], value: Callable[[Row], float] = lambda row: row.peak_device_gib
-) -> Row | None:
+def _largest(rows: Iterable[Row | None], value: Callable[[Row], float] = lambda row: row.peak_device_gib) -> Row | None:
     """Return the row with the largest value, None where there is no row."""
     return max((row for row in rows if row is not None), key=value, default=None)
 

@@ -96,9 +96,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     writer.writerow(names)
     for row in rows:
         values = asdict(row)
-        writer.writerow(
-            [f"{values[name]:.6g}" if isinstance(values[name], float) else values[name] for name in names]
-        )
+        writer.writerow([f"{values[name]:.6g}" if isinstance(values[name], float) else values[name] for name in names])
     write_text(path, text.getvalue())
 
 

@@ -109,11 +109,10 @@ def _rows(bench: Bench, case: Case, records: Sequence[Mapping[str, Any]], second
         }
         for name in ORDER
     }
-    pinned = max(record["pinned_host_bytes"] for record in records)
     whole = {key: max(span[key] for span in spans.values()) for key in spans["steps"]}
     # Everything before the worker's clock starts is the interpreter's own start, which belongs to no stage but `other`.
     spans["other"]["seconds"] += max(0.0, seconds - sum(span["seconds"] for span in spans.values()))
-    whole["seconds"], whole["peak_host_bytes"] = seconds, whole["peak_host_bytes"] + pinned
+    whole["seconds"] = seconds
     done = records[0]["steps"]
     shortened = done and (bench.shorten > 1 or case.extrapolated)
     full_steps = _full_steps(settings, geometry.layers) if shortened else done

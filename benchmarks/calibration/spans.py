@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from qrealign.resources import host_bytes
+
 SAMPLE_SECONDS = 0.01
 REST = "other"  # what no span covers: imports, checks, reports
 
@@ -67,7 +69,7 @@ class Spans:
     """Attributes the main thread's time to the innermost span that is open.
 
     Device peaks are torch's: bytes in live tensors, and bytes taken from the driver. Host peaks are this process's
-    private and shared memory, without the pages of files mapped into it, which the system takes back when it needs to.
+    memory that no file backs (`qrealign.resources`).
     """
 
     found: dict[str, Span] = field(default_factory=lambda: {REST: Span()})
@@ -120,17 +122,7 @@ class Spans:
     def _watch(self) -> None:
         while not self._stop.wait(SAMPLE_SECONDS):
             span = self.found[self._open[-1]]
-            span.peak_host_bytes = max(span.peak_host_bytes, unmapped_bytes())
-
-
-def unmapped_bytes() -> int:
-    """Return this process's resident bytes that no file backs, 0 where the system does not say."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:
-            fields = dict(line.split(":", 1) for line in status if line.startswith(("RssAnon:", "RssShmem:")))
-    except OSError:
-        return 0
-    return 1024 * sum(int(value.split()[0]) for value in fields.values())
+            span.peak_host_bytes = max(span.peak_host_bytes, host_bytes())
 
 
 def instrument(spans: Spans, targets: Sequence[Target] = TARGETS) -> None:

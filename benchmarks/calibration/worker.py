@@ -83,18 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "tokens": steps.tokens,
             "positions": steps.positions,
             "step_seconds": [round(b - a, 6) for a, b in zip(steps.ends, steps.ends[1:], strict=False)],
-            "pinned_host_bytes": _pinned_bytes(),
             "kernels": kernels,
         },
     )
     return status
-
-
-def _pinned_bytes() -> int:
-    """Return the most page-locked host memory that torch has held: the driver's mapping is in no resident count."""
-    if not torch.cuda.is_initialized():
-        return 0
-    return int(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0))
 
 
 def _profile_steps(kernels: list[dict[str, Any]]) -> None:
@@ -121,7 +113,11 @@ def _profiled(kernels: list[dict[str, Any]]) -> Iterator[None]:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     rows = [
-        {"name": event.key, "calls": event.count, "seconds": (event.self_device_time_total or event.self_cpu_time_total) / 1e6}
+        {
+            "name": event.key,
+            "calls": event.count,
+            "seconds": (event.self_device_time_total or event.self_cpu_time_total) / 1e6,
+        }
         for event in profile.key_averages()
     ]
     kernels[:] = sorted(rows, key=lambda row: -row["seconds"])[:PROFILED_KERNELS]
