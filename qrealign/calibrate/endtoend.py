@@ -6,7 +6,6 @@ What the gradient is of stands in `objectives`.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -26,7 +26,9 @@ from qrealign.calibrate.schedule import stratified_batches, warm_cosine
 from qrealign.calibrate.state import load_progress, save_progress
 from qrealign.records import CurvePoint
 
-SAVE_EVERY = 10  # steps: a kill costs at most these
+SAVE_EVERY = 10  # steps between two looks at the losses: a kill, or a divergence, costs at most these
+
+Losses = dict[str, Tensor]  # of one step by name, scalars on the device
 
 
 class EndToEndCalibrator:
@@ -62,6 +64,9 @@ class EndToEndCalibrator:
     def run(self, *, progress: str | None, on_step: Callable[[int], None] | None = None) -> list[CurvePoint]:
         """Train to the last step, from the last saved one, and return the loss curve.
 
+        Losses stay on the device and are read every `SAVE_EVERY` steps, so that the host never waits for one step. A
+        loss that was not finite is found then, and the whole stretch is taken back.
+
         Raises:
             CalibrationDivergedError: losses stayed non-finite after the restarts.
         """
@@ -70,45 +75,55 @@ class EndToEndCalibrator:
         guard.step = step
         with tqdm(total=self.settings.steps, initial=step, desc=progress, disable=progress is None, unit="step") as bar:
             while step < self.settings.steps:
-                losses = self._step(step)
-                if losses is None:
-                    step = guard.recover(step, self.curve[-1].losses["total"] if self.curve else float("nan"))
+                first, step = step, min(self.settings.steps, (step // SAVE_EVERY + 1) * SAVE_EVERY)
+                unread: list[Losses] = []
+                for taken in range(first, step):
+                    unread.append(self._step(taken))
+                    bar.update()
+                    if on_step is not None:
+                        on_step(taken + 1)
+                if (bad := self._read(unread, first)) is not None:
+                    step = guard.recover(bad, self.curve[-1].losses["total"] if self.curve else float("nan"))
                     self.curve = [point for point in self.curve if point.step < step]
                     bar.n = step
                     continue
-                self.curve.append(CurvePoint(step=step, block=None, losses=losses))
-                step += 1
-                bar.update()
-                bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items() if name != "total"})
-                if step % SAVE_EVERY == 0 or step == self.settings.steps:
-                    guard.mark(step)
-                    self._save(step)
-                if on_step is not None:
-                    on_step(step)
+                bar.set_postfix(
+                    {name: f"{value:.3f}" for name, value in self.curve[-1].losses.items() if name != "total"}
+                )
+                guard.mark(step)
+                self._save(step)
         return self.curve
 
-    def _step(self, step: int) -> dict[str, float] | None:
-        """Take one optimizer step; return its losses, or None where they are not finite and nothing was changed."""
+    def _read(self, unread: Sequence[Losses], first: int) -> int | None:
+        """Add steps, from `first` on, to the curve; return the first one whose loss is not finite, if there is one."""
+        values = torch.stack([value for losses in unread for value in losses.values()]).tolist()
+        for step, names in enumerate(unread, start=first):
+            losses = dict(zip(names, values, strict=False))
+            del values[: len(names)]
+            losses["total"] = sum(losses.values())
+            if not math.isfinite(losses["total"]):
+                return step
+            self.curve.append(CurvePoint(step=step, block=None, losses=losses))
+        return None
+
+    def _step(self, step: int) -> Losses:
+        """Take one optimizer step; return its losses, not yet read."""
         settings = self.settings
         self.trainable.set_rate(warm_cosine(step, settings.steps, settings.warmup_steps))
         samples = [self.objective.samples[index] for index in self.schedule[step]]
         counts = self.objective.count(samples)
-        values: Counter[str] = Counter()
+        total: Losses = {}
         for losses in self.parts.run(lambda part: self._backward(part, counts), samples):
-            values.update(losses)
-        values["total"] = sum(values.values())
-        if not math.isfinite(values["total"]):
-            self.trainable.zero_grad()
-            return None
+            total |= {name: value + total[name] if name in total else value for name, value in losses.items()}
         self.trainable.step()
-        return dict(values)
+        return total
 
-    def _backward(self, samples: Sequence[Any], counts: Mapping[str, int]) -> dict[str, float]:
+    def _backward(self, samples: Sequence[Any], counts: Mapping[str, int]) -> Losses:
         """Add the gradients of part of a batch; `counts` describe the whole batch."""
         self.trainable.before_forward()
         losses = self.objective.losses(self.model, samples, counts)
         torch.stack(list(losses.values())).sum().backward()
-        return {name: float(value.detach()) for name, value in losses.items()}
+        return {name: value.detach() for name, value in losses.items()}
 
     def _save(self, step: int) -> None:
         extra = {

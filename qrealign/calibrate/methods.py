@@ -29,7 +29,8 @@ class CalibrationSettings:
     malicious prompts to the aligned model and all others to the fine-tuned one.
 
     `epochs` is the block-wise base: half of it for the first half of the blocks, one and a half for the others. `steps`
-    is the end-to-end count. `task_share`, `borderline_share` and `text_share`, relative to `samples`, add prompts of
+    is the end-to-end count. Block-wise, a block is done when an epoch's mean loss is not below the lowest one before by
+    the share `plateau`; 0 makes every step. `task_share`, `borderline_share` and `text_share`, relative to `samples`, add prompts of
     those kinds and windows of running text to the benign class; `borderline_weight` and `text_weight` multiply the loss
     of such a sample, `benign_weight` that of the class, end-to-end. Learning rates of 0 leave that class of parameters
     out. `edit_budget` bounds the edit's Frobenius norm relative to the weight's.
@@ -54,6 +55,7 @@ class CalibrationSettings:
     batch_size: int = 12
     batch_malicious_share: float = 0.5
     epochs: float = 10.0
+    plateau: float = 0.0
     steps: int = 80
     warmup_steps: int = 0
     clip_learning_rate: float = 0.0

@@ -16,6 +16,7 @@ from qrealign.calibrate.losses import contrast_terms, divergence, preference_los
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.calibrate.readout import final_hidden, readout
 from qrealign.calibrate.teachers import TeacherCache, TeacherSample
+from qrealign.data.batching import to_device
 from qrealign.data.prompts import Label
 
 
@@ -80,13 +81,14 @@ def _class_loss(
     model: PreTrainedModel, hidden: Tensor, rows: list[tuple[int, TeacherSample]], head: Tensor | None
 ) -> Tensor:
     """Return the weighted KL summed over one class's samples; `head` reads the teacher, None for the student's."""
-    device = hidden.device
-    student = torch.cat([hidden[row, sample.positions.to(device)] for row, sample in rows])  # [P, H]
-    teacher = torch.cat([sample.hidden for _, sample in rows]).to(device=device, dtype=hidden.dtype)
-    weights = torch.cat([sample.weights for _, sample in rows]).to(device)
+    device, length = hidden.device, hidden.shape[1]
+    places = to_device(torch.cat([row * length + sample.positions for row, sample in rows]), device)
+    teacher = to_device(torch.cat([sample.hidden for _, sample in rows]), device).to(hidden.dtype)
+    weights = to_device(torch.cat([sample.weights for _, sample in rows]), device)
     with torch.no_grad():
         target = readout(model, teacher, head)
-    return (divergence(target, readout(model, student)) * weights).sum()
+    student = readout(model, hidden.flatten(0, 1).index_select(0, places))  # [P, V]
+    return (divergence(target, student) * weights).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,8 +257,9 @@ def answer_log_probs(model: PreTrainedModel, rows: Sequence[Tensor], starts: Seq
 
 
 def _hidden(model: PreTrainedModel, rows: Sequence[Tensor], pad_id: int) -> Tensor:
-    """Return the final hidden states `[B, T, H]` of sequences padded on the right; padding enters no loss."""
+    """Return the final hidden states `[B, T, H]` of sequences padded on the right.
+
+    No real token sees what stands behind it, and what comes out at padding enters no loss, so padding is not masked.
+    """
     input_ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-    return final_hidden(model, input_ids.to(model.device), mask.to(model.device))
+    return final_hidden(model, to_device(input_ids, model.device))

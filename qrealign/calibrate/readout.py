@@ -11,8 +11,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
-def final_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the hidden states that the output head reads, `[B, T, H]` (after the final norm)."""
+def final_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Return the hidden states that the output head reads, `[B, T, H]` (after the final norm).
+
+    `input_ids` and `attention_mask` are `[B, T]`; rows without padding, or with padding on their right, need no mask.
+    """
     return model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 

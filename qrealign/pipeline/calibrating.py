@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from qrealign.calibrate.blockwise import BlockwiseCalibrator, Streams
+from qrealign.calibrate.blockwise import BlockwiseCalibrator
 from qrealign.calibrate.endtoend import EndToEndCalibrator
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.calibrate.objectives import BehaviourObjective, Objective
-from qrealign.calibrate.streams import Inputs
+from qrealign.calibrate.streams import Inputs, Streams
 from qrealign.calibrate.teachers import TeacherCache
 from qrealign.data.capture import capture_block_inputs
 from qrealign.data.prompts import Label

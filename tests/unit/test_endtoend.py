@@ -111,18 +111,24 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
 
 def test_divergence_restores_halves_and_then_stops(tmp_path, monkeypatch):
     runner = calibrator(tmp_path)
-    original, calls = runner.objective.losses, {"bad": 1}
+    original, take, calls, taken = runner.objective.losses, runner._step, {"bad": 1}, []
+
+    def step(number):
+        taken.append(number)
+        return take(number)
 
     def losses(model, samples, counts):
         values = original(model, samples, counts)
-        if runner.curve and runner.curve[-1].step == 12 and calls["bad"]:
+        if taken[-1] == 13 and calls["bad"]:
             calls["bad"] -= 1
             values["benign"] = values["benign"] * float("nan")
         return values
 
+    monkeypatch.setattr(runner, "_step", step)
     monkeypatch.setattr(runner.objective, "losses", losses)
     curve = runner.run(progress=None)
     assert runner.trainable.rate_factor == 0.5 and [point.step for point in curve] == list(range(SETTINGS.steps))
+    assert taken == [*range(20), *range(10, SETTINGS.steps)]  # found when the losses are read, and taken back from there
     calls["bad"] = 10**6
     runner.state_path.unlink()
     runner.curve = []
