@@ -94,7 +94,7 @@ GOALS = (
     Goal(
         key="two_gpu_speedup",
         what="two GPUs against one, optimisation",
-        unit="×",
+        unit="times",
         limit=1.6,
         floor="2",
         at_least=True,

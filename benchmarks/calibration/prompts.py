@@ -27,7 +27,7 @@ MIN_LETTERS = 4
 def write_prompts(folder: Path, tokens: int, *, seed: int = 0) -> dict[str, Path]:
     """Write one file per kind of prompt and return them by kind; each prompt has at least `tokens` tokens.
 
-    Every word is one token at least, and the encoder cuts what is longer, so all prompts get the same length.
+    Every word is one token at least, and the encoder cuts what is longer: all prompts get that length, or one less.
     """
     words = _words()
     rng = random.Random(seed)

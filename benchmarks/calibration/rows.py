@@ -20,12 +20,13 @@ class Row:
     """One stage of one run, or the whole run as the stage `total`.
 
     `layers` are those measured and `full_layers` the geometry's; `shorten` is how many times fewer steps were taken
-    than the whole run has. `seconds` are measured; `full_seconds` is what the stage takes at its full number of steps,
-    the same where nothing was shortened. `peak_device_gib` counts live tensors, `peak_reserved_gib` what torch took from
-    the driver, the worst rank's with several GPUs; `peak_host_gb` is one process's, without mapped files.
+    than the whole run has. `seconds` are measured; `full_seconds` is what the stage takes with all steps, the same
+    where nothing was shortened. `peak_device_gib` counts live tensors, `peak_reserved_gib` what torch took from the
+    driver, the worst rank's with several GPUs; `peak_host_gb` is one process's, without mapped files.
 
-    The stage `steps` has more: `steps`, `step_ms` (median), `tokens`, `positions` at which the output head was read,
-    `tokens_per_s`, operations and bytes counted (`counting.py`), the shares of the measured rates that they come to, and `floor_s`, their time at those rates.
+    The stage `steps` has more: `steps`, `step_ms`, `tokens`, `positions` at which the output head was read,
+    `tokens_per_s`, operations and bytes as counted (`counting.py`), the shares of the measured rates that they come to,
+    and `floor_s`, their time at those rates.
     """
 
     geometry: str
@@ -81,7 +82,7 @@ def read_rows(path: Path) -> list[Row]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return [
-                Row(**{name: kinds[name](value) for name, value in line.items()})  # type: ignore[arg-type]
+                Row(**{name: kinds[name](value) for name, value in line.items()})
                 for line in csv.DictReader(file)
             ]
     except (KeyError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Where a run's time and memory go: seconds and peaks of named functions of the pipeline, each less what runs inside it.
+"""Where a run's time and memory go: seconds and peaks of named functions of the pipeline, each less those inside it.
 
 The pipeline knows nothing of this: the functions are wrapped from outside, before it starts.
 """
@@ -132,13 +132,13 @@ def instrument(spans: Spans, targets: Sequence[Target] = TARGETS) -> None:
         AttributeError: the pipeline has no such function any more: the table above must follow it.
     """
     for target in targets:
-        owner, name, function = _find(target.place)
+        owner, name, function = find_function(target.place)
         setattr(owner, name, _wrapped(function, spans, target))
 
 
 def observe(place: str, after: Callable[..., None]) -> None:
     """Call `after(*arguments)` behind every call of the function at `place`, for the rest of the process."""
-    owner, name, function = _find(place)
+    owner, name, function = find_function(place)
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -149,7 +149,7 @@ def observe(place: str, after: Callable[..., None]) -> None:
     setattr(owner, name, wrapper)
 
 
-def _find(place: str) -> tuple[Any, str, Callable[..., Any]]:
+def find_function(place: str) -> tuple[Any, str, Callable[..., Any]]:
     """Return the object that holds a function, the function's name there, and the function."""
     module, _, path = place.partition(":")
     owner: Any = importlib.import_module(module)

@@ -98,8 +98,12 @@ def kernel_tables(kernels: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     for case, rows in kernels.items():
         whole = sum(row["seconds"] for row in rows)
         lines = [
-            [f"`{row['name'][:NAME_LENGTH]}`", f"{row['calls']:,}", f"{1e3 * row['seconds']:.1f}"]
-            + [f"{100 * row['seconds'] / whole:.0f}"]
+            (
+                f"`{row['name'][:NAME_LENGTH]}`",
+                f"{row['calls']:,}",
+                f"{1e3 * row['seconds']:.1f}",
+                f"{100 * row['seconds'] / whole:.0f}",
+            )
             for row in rows[:10]
         ]
         title = CASES[case].title

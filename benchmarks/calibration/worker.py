@@ -1,6 +1,6 @@
 """One run of `python -m qrealign.run` in a process of its own, with its stages measured.
 
-python -m benchmarks.calibration.worker RECORD.json [--profile] -- FLAGS OF qrealign.run
+python -m benchmarks.calibration.worker RECORD.json [--profile] [--time-steps] -- FLAGS OF qrealign.run
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class Steps:
         self.tokens += round(steps * calibrator.settings.batch_size * float(mask.sum()) / len(mask))
 
     def add_step(self, *_: Any) -> None:
-        """Note the end of a step."""
+        """Note the end of a step, once the device has reached it."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
 
@@ -59,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration.worker")
     parser.add_argument("record", type=Path)
     parser.add_argument("--profile", action="store_true", help="list the kernels of the optimizer's steps")
+    parser.add_argument(
+        "--time-steps", action="store_true", help="wait for every step, so that each one's time is known"
+    )
     parser.add_argument("flags", nargs="+", help="behind --: the flags of qrealign.run")
     args = parser.parse_args(arguments)
     from qrealign.run import main as run
@@ -68,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _profile_steps(kernels)
     observe("qrealign.calibrate.endtoend:EndToEndCalibrator.run", steps.add_endtoend)
     observe("qrealign.calibrate.blockwise:BlockwiseCalibrator._train", steps.add_block)
-    observe("qrealign.calibrate.parameters:Trainable.step", steps.add_step)
+    if args.time_steps:
+        observe("qrealign.calibrate.parameters:Trainable.step", steps.add_step)
     instrument(spans)
     with spans.watching():
         status = run(args.flags)
@@ -95,7 +101,7 @@ def _profile_steps(kernels: list[dict[str, Any]]) -> None:
 
     for target in tools.TARGETS:
         if target.span == "steps":
-            owner, name, function = tools._find(target.place)
+            owner, name, function = tools.find_function(target.place)
 
             def wrapper(*args: Any, _function: Any = function, **kwargs: Any) -> Any:
                 with _profiled(kernels):
