@@ -7,8 +7,8 @@ and, where the method asks for it, the aligned model's (target of the malicious 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,6 @@ from qrealign.calibrate.state import load_progress, save_progress
 from qrealign.calibrate.streams import InputMaxima, Inputs, Streams, advance, stream_place
 from qrealign.config import QuantScheme
 from qrealign.data.capture import run_block
-from qrealign.models.prefetch import BlockReader
 from qrealign.models.source import ModelSource
 from qrealign.probes.probe import SafetyProbe
 from qrealign.quant.fake_quant import freeze_linears, swap_linears
@@ -99,13 +98,13 @@ class BlockwiseCalibrator:
             unit="step",
         )
         with bar, ExitStack() as stack:
-            self._reader = stack.enter_context(BlockReader(self.source, self.device, self.dtype))
+            blocks = stack.enter_context(closing(self._blocks(self.source, self.model, start)))
             if self.aligned is not None:
-                self._aligned_reader = stack.enter_context(BlockReader(self.aligned[0], self.device, self.dtype))
+                self._aligned_blocks = stack.enter_context(closing(self._blocks(*self.aligned, start)))
             self._hand_over = stack.enter_context(HandOver(self.device))
             for index in range(start, self.source.num_blocks):
                 begin = time.perf_counter()
-                frozen = self._calibrate_block(index, bar)
+                frozen = self._calibrate_block(index, next(blocks), bar)
                 self.seconds[index] = time.perf_counter() - begin
                 self._deliver(index, frozen)
                 bar.n = self._steps_before(index + 1)  # a block may have needed fewer
@@ -119,10 +118,13 @@ class BlockwiseCalibrator:
     def _steps_before(self, block: int) -> int:
         return sum(self.steps_of(index) for index in range(block))
 
-    def _calibrate_block(self, index: int, bar: tqdm) -> nn.Module:
+    def _blocks(self, source: ModelSource, model: PreTrainedModel, start: int) -> Generator[nn.Module, None, None]:
+        """Yield the blocks of a model; the next one is read from disk while its predecessor is trained."""
+        yield from source.load_blocks(model, self.device, self.dtype, start=start, ahead=1)
+
+    def _calibrate_block(self, index: int, block: nn.Module, bar: tqdm) -> nn.Module:
         """Learn one block, move all streams past it and return it frozen."""
         rows = torch.arange(len(self.inputs.mask), device=self.device)
-        block = self._reader.load(self.model, index)
         with InputMaxima(block) as maxima:
             self.streams.finetuned = self._advance(block, index, self.streams.finetuned, rows)
         target = Target(benign=self.streams.finetuned, aligned=self._advance_aligned(index), probe=self.probe)
@@ -146,7 +148,7 @@ class BlockwiseCalibrator:
         """Move the aligned stream past its own block; only malicious samples need it."""
         if self.aligned is None or self.streams.aligned is None:
             return None
-        block = self._aligned_reader.load(self.aligned[1], index)
+        block = next(self._aligned_blocks)
         malicious = self.inputs.malicious.nonzero().flatten()
         self.streams.aligned = self._advance(block, index, self.streams.aligned, malicious)
         block.to("meta")

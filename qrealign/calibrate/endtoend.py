@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 from qrealign.calibrate.divergence import DivergenceGuard
 from qrealign.calibrate.methods import CalibrationSettings
-from qrealign.calibrate.objectives import Objective
+from qrealign.calibrate.objectives import BehaviourObjective, Objective
 from qrealign.calibrate.parameters import Trainable
 from qrealign.calibrate.parts import Parts
+from qrealign.calibrate.recorded import RecordedPass
 from qrealign.calibrate.schedule import stratified_batches, warm_cosine
 from qrealign.calibrate.state import load_progress, save_progress
 from qrealign.records import CurvePoint
@@ -38,6 +39,8 @@ class EndToEndCalibrator:
         model: the student; its linears are `FakeQuantLinear`, its parameters attached to `trainable`.
         objective: the samples, and the loss that they give.
         state_path: where progress is kept; a file found there is continued.
+        record: on a GPU, pad every batch to one shape and record forward and backward pass as a CUDA graph. The weights
+            must stay where they are, and nothing in the model may read a tensor's value.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class EndToEndCalibrator:
         settings: CalibrationSettings,
         *,
         state_path: Path,
+        record: bool = False,
     ) -> None:
         self.model, self.trainable, self.objective, self.settings = model, trainable, objective, settings
         self.state_path = state_path
@@ -59,6 +63,9 @@ class EndToEndCalibrator:
         )
         self.schedule = list(islice(batches, settings.steps))
         self.parts = Parts(settings.batch_size, trainable.zero_grad)
+        self.recorded: RecordedPass | None = None
+        if record and isinstance(objective, BehaviourObjective):
+            self.recorded = RecordedPass(model, trainable, objective, map(self._samples, range(settings.steps)))
         self.curve: list[CurvePoint] = []
 
     def run(self, *, progress: str | None, on_step: Callable[[int], None] | None = None) -> list[CurvePoint]:
@@ -110,7 +117,7 @@ class EndToEndCalibrator:
         """Take one optimizer step; return its losses, not yet read."""
         settings = self.settings
         self.trainable.set_rate(warm_cosine(step, settings.steps, settings.warmup_steps))
-        samples = [self.objective.samples[index] for index in self.schedule[step]]
+        samples = self._samples(step)
         counts = self.objective.count(samples)
         total: Losses = {}
         for losses in self.parts.run(lambda part: self._backward(part, counts), samples):
@@ -118,8 +125,14 @@ class EndToEndCalibrator:
         self.trainable.step()
         return total
 
+    def _samples(self, step: int) -> list[Any]:
+        return [self.objective.samples[index] for index in self.schedule[step]]
+
     def _backward(self, samples: Sequence[Any], counts: Mapping[str, int]) -> Losses:
         """Add the gradients of part of a batch; `counts` describe the whole batch."""
+        if self.recorded is not None and len(samples) == sum(counts.values()):
+            return self.recorded(samples, counts)
+        self.recorded = None  # the whole batch did not fit
         self.trainable.before_forward()
         losses = self.objective.losses(self.model, samples, counts)
         torch.stack(list(losses.values())).sum().backward()

@@ -10,7 +10,7 @@ import torch
 
 @cache
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream of all recordings on a device: memory and handles belong to a stream, and serve the next one."""
+    """Return the stream of all recordings on a device: the next one finds the memory and the handles of the last."""
     return torch.cuda.Stream(device)
 
 

@@ -190,13 +190,14 @@ class Trainable:
 
 def _optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Return AdamW over the groups, its moments made; on a GPU one kernel steps a group, rate and count live there."""
-    on_gpu = groups[0]["params"][0].is_cuda
+    device = groups[0]["params"][0].device
+    on_gpu = device.type == "cuda"
     for group in groups if on_gpu else ():
-        group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, **{"fused": True, "capturable": True} if on_gpu else {})
+        group["lr"] = torch.tensor(group["lr"], device=device)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=on_gpu or None, capturable=on_gpu)
     for parameter in (parameter for group in groups for parameter in group["params"]):
         optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device if on_gpu else "cpu"),
+            "step": torch.zeros((), device=device if on_gpu else "cpu"),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }

@@ -26,12 +26,9 @@ def assign_tensor(root: nn.Module, name: str, tensor: Tensor) -> None:
 def assign_tensors(
     root: nn.Module, state: Mapping[str, Tensor], device: torch.device | str, dtype: torch.dtype | None
 ) -> None:
-    """Put every tensor of `state` on `device` and into `root`; floating-point ones are cast to `dtype`, if given.
-
-    Page-locked tensors are copied while the caller goes on.
-    """
+    """Put every tensor of `state` on `device` and into `root`; floating-point ones are cast to `dtype`, if given."""
     for name, tensor in state.items():
-        moved = tensor.to(device, non_blocking=tensor.is_pinned())
+        moved = tensor.to(device)
         assign_tensor(root, name, moved.to(dtype) if dtype is not None and moved.is_floating_point() else moved)
 
 

@@ -20,7 +20,7 @@ from qrealign.models.checkpoint import FLOAT_DTYPES, INTEGER_DTYPES, WeightFiles
 from qrealign.models.experts import split_experts
 from qrealign.models.location import find_folder, load_config
 from qrealign.models.placement import assign_tensor, assign_tensors, move_buffers
-from qrealign.models.transfer import BlockLayout, read_blocks
+from qrealign.models.transfer import READERS, BlockLayout, read_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,20 +124,11 @@ class ModelSource:
         return self._read([name for name in self.stored_names if not name.startswith(prefix)], "", dtype)
 
     def load_block(
-        self,
-        model: nn.Module,
-        index: int,
-        device: torch.device | str,
-        dtype: torch.dtype | None = None,
-        *,
-        state: Mapping[str, Tensor] | None = None,
+        self, model: nn.Module, index: int, device: torch.device | str, dtype: torch.dtype | None = None
     ) -> nn.Module:
-        """Put the weights of block `index` into `model` and return it; other parameters of swapped linears stay.
-
-        `state` is what `block_state` returned, where it has been read already.
-        """
+        """Put the weights of block `index` into `model` and return it; other parameters of swapped linears stay."""
         block = model.get_submodule(self.spec.block_name(index))
-        assign_tensors(block, self.block_state(index) if state is None else state, device, dtype)
+        assign_tensors(block, self.block_state(index), device, dtype)
         move_buffers(block, device)
         return block
 
@@ -207,14 +198,22 @@ class ModelSource:
         return model
 
     def load_blocks(
-        self, model: nn.Module, device: torch.device, dtype: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        *,
+        start: int = 0,
+        ahead: int = READERS,
     ) -> Iterator[nn.Module]:
-        """Load every block as `load_block` does and yield it; on the way to a GPU later ones are read ahead."""
+        """Load every block from `start` on as `load_block` does and yield it; on the way to a GPU `ahead` are read
+        before their turn.
+        """
         if device.type != "cuda":
-            for index in range(self.num_blocks):
+            for index in range(start, self.num_blocks):
                 yield self.load_block(model, index, device, dtype)
             return
-        for index, tensors in read_blocks(self, device, dtype or self.storage_dtype):
+        for index, tensors in read_blocks(self, device, dtype or self.storage_dtype, start=start, ahead=ahead):
             block = model.get_submodule(self.spec.block_name(index))
             names = self._block_names(index)
             self.files.check_finite({names[name]: tensor for name, tensor in tensors.items()})

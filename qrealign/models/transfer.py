@@ -226,21 +226,24 @@ class BlockStream:
 
 
 def read_blocks(
-    source: ModelSource, device: torch.device, dtype: torch.dtype
+    source: ModelSource, device: torch.device, dtype: torch.dtype, *, start: int = 0, ahead: int = READERS
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Yield index and tensors of every block, in device memory of their own, in order; later ones are read ahead."""
+    """Yield index and tensors of every block from `start` on, in device memory of their own, in order.
+
+    `ahead` blocks are being read while one is used.
+    """
     host, count = HostBlocks(source, dtype, device, kept=0), source.num_blocks
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     try:
-        for index in range(min(READERS, count)):
+        for index in range(start, min(start + ahead, count)):
             host.request(index)
-        for index in range(count):
+        for index in range(start, count):
             buffer, layout = host.request(index).result(), host.layouts[index]
             target = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
             _copy_whole(target, buffer.bytes[: layout.num_bytes], stream)
             host.hand_back(index, buffer)
-            if index + READERS < count:
-                host.request(index + READERS)
+            if index + ahead < count:
+                host.request(index + ahead)
             tensors = layout.views(target)
             source.merge_block(index, tensors)
             yield index, tensors

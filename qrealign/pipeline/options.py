@@ -33,6 +33,7 @@ class RunOptions:
     method: str = "realign"
     engine: str | None = None
     edit: str | None = None
+    schedule: str | None = None
     repair: str | None = None
     interpolation: float | None = None
     polish: int | None = None
@@ -112,6 +113,7 @@ class RunOptions:
             polish=self.polish,
             engine=self.engine,
             edit=self.edit,
+            schedule=self.schedule,
             interpolation=self.interpolation,
             setting=self.setting,
             activation_bits=None if scheme.activations is None else scheme.activations.num_bits,

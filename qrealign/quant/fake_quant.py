@@ -103,15 +103,30 @@ class FakeQuantLinear(nn.Module):
         if self.quantize and self.scheme.activations is not None:
             x = fake_quant_per_token(x, num_bits=self.scheme.activations.num_bits)
         if self.edit is None or not self._only_edit_learns():
-            return F.linear(x, self._forward_weight().to(x.dtype), bias)
+            return F.linear(x, self._forward_weight(x.dtype), bias)
         with torch.no_grad():
-            weight = self._forward_weight().to(x.dtype)
+            weight = self._forward_weight(x.dtype)
         return edited_linear(x, weight, bias, self.edit)
 
-    def _forward_weight(self) -> Tensor:
-        """Return the weight of the forward pass, `[N, K]` float32."""
-        weight = self.float_weight()
-        return fake_quant_weight(weight, **self._grid_arguments()) if self.quantize else weight
+    def _forward_weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight of the forward pass, `[N, K]` in `dtype`.
+
+        The op transforms and edits the weight on its way to the grid; a masked edit it cannot take.
+        """
+        if not self.quantize:
+            return self.float_weight().to(dtype)
+        if self.edit is not None and self.edit.mask is not None:
+            return fake_quant_weight(self.float_weight(), **self._grid_arguments(), out_dtype=dtype)
+        left, right = (None, None) if self.edit is None else (self.edit.left, self.edit.right)
+        return fake_quant_weight(
+            self.weight,
+            **self._grid_arguments(),
+            column_scale=self.column_scale,
+            row_divisor=self.row_divisor,
+            left=left,
+            right=right,
+            out_dtype=dtype,
+        )
 
     def _only_edit_learns(self) -> bool:
         """Whether an unmasked edit is all that the layer's gradient has to reach."""

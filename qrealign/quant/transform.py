@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ _MAX_SCALE = 1e2
 _MIN_STATISTIC = 1e-5
 
 
-class _Spread(NamedTuple):
+@dataclass(frozen=True)
+class _Spread:
     """Which learned value each row or column of a tensor takes.
 
     `index` is `[rows]` int64; `ties`, `[size, most]`, holds the rows of each value, filled up with `rows`, or is None
@@ -243,8 +245,10 @@ def _resolve(block: nn.Module, site: FoldSite, heads: Heads | None, device: torc
     else:
         size = _weight(consumer).shape[1]
         producer_index = consumer_index = torch.arange(size)
-    spreads = [_Spread.of(index, size, device) for index in (producer_index, consumer_index)]
-    return _Site(site.name, site.producer, site.consumers, size, *spreads, producer_rows, consumer_rows)
+    producer_spread, consumer_spread = (_Spread.of(index, size, device) for index in (producer_index, consumer_index))
+    return _Site(
+        site.name, site.producer, site.consumers, size, producer_spread, consumer_spread, producer_rows, consumer_rows
+    )
 
 
 def _query_key_index(heads: Heads) -> tuple[Tensor, Tensor, int]:

@@ -128,7 +128,10 @@ def test_divergence_restores_halves_and_then_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(runner.objective, "losses", losses)
     curve = runner.run(progress=None)
     assert runner.trainable.rate_factor == 0.5 and [point.step for point in curve] == list(range(SETTINGS.steps))
-    assert taken == [*range(20), *range(10, SETTINGS.steps)]  # found when the losses are read, and taken back from there
+    assert taken == [
+        *range(20),
+        *range(10, SETTINGS.steps),
+    ]  # found when the losses are read, and taken back from there
     calls["bad"] = 10**6
     runner.state_path.unlink()
     runner.curve = []
