@@ -157,6 +157,13 @@ def _add_evaluation(group: argparse._ArgumentGroup) -> None:
 def _add_running(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
     group.add_argument(
+        "--memory",
+        choices=("auto", "resident", "low", "streamed"),
+        metavar="NAME",
+        help="where weights are: resident on the device, low (resident in fewer bits), streamed from the host; "
+        "auto (default) takes the first that fits",
+    )
+    group.add_argument(
         "--resume",
         action="store_true",
         help="continue a run; without it one is continued where found, and started otherwise",

@@ -160,13 +160,22 @@ class ModelSource:
         dtype = next(iter(tensors.values())).dtype
         if not self.changes or not self._merges_in(index, dtype):
             return
-        prefix = self.spec.block_name(index) + "."
         for name, tensor in tensors.items():
-            merged = tensor
-            for change in self.changes:
-                merged = change.merge(prefix + name, merged)
+            merged = self.merged(f"{self.spec.block_name(index)}.{name}", tensor)
             if merged is not tensor:
                 tensor.copy_(merged)
+
+    def becomes(self, other: ModelSource, dtype: torch.dtype) -> bool:
+        """Return whether this model, held as `dtype`, is that of `other` once `merged` was applied to its blocks."""
+        same = self.path == other.path and self.head == other.head and not self.changes
+        return same and all(self._merges_in(index, dtype) for index in range(self.num_blocks))
+
+    @torch.no_grad()
+    def merged(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the changed form of a tensor by its full name, or the tensor itself where nothing changes it."""
+        for change in self.changes:
+            tensor = change.merge(name, tensor)
+        return tensor
 
     def _block_names(self, index: int) -> dict[str, str]:
         """Return the tensors of a block: name relative to the block -> name in the files."""
@@ -278,9 +287,7 @@ class ModelSource:
         stored = self.files.read(self.stored_names[name] for name in names)
         state = {}
         for name in names:
-            tensor = stored.pop(self.stored_names[name])
-            for change in self.changes:
-                tensor = change.merge(name, tensor)
+            tensor = self.merged(name, stored.pop(self.stored_names[name]))
             if dtype is not None and tensor.is_floating_point():
                 tensor = tensor.to(dtype)
             state[name.removeprefix(prefix)] = tensor

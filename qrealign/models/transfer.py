@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import weakref
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from qrealign.errors import DeviceError
+from qrealign.models.device import available_host_bytes
 
 if TYPE_CHECKING:
     from qrealign.models.source import ModelSource
 
 READERS = 4  # threads that fill pinned memory: one copies about 5 GB/s, a bus takes 15 to 55
+PINNED_SHARE = 0.6  # of the available host memory
 _ALIGNMENT = 256  # bytes, as torch's own allocator
 
 
@@ -99,6 +102,16 @@ class HostBlocks:
         if index not in self._moving:
             self._moving[index] = self._pool.submit(self._fill, index)
         return self._moving[index]
+
+    def put(self, index: int, target: Tensor) -> None:
+        """Queue the copy of a block into a flat uint8 tensor on the current stream, changes merged."""
+        buffer, layout = self.request(index).result(), self.layouts[index]
+        target[: layout.num_bytes].copy_(buffer.bytes[: layout.num_bytes], non_blocking=True)
+        self.source.merge_block(index, layout.views(target))
+        if index not in self._fixed:
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()  # before the buffer is filled anew
+            self.hand_back(index, buffer)
 
     def hand_back(self, index: int, buffer: PinnedBuffer) -> None:
         """Allow the buffer of a block that is not kept to be filled with another one."""
@@ -204,25 +217,13 @@ class BlockStream:
     @torch.no_grad()
     def _copy(self, index: int, slot: _Slot, free: torch.cuda.Event | None) -> torch.cuda.Event | None:
         """Queue the copy of a block into a slot; runs in the feeder's thread."""
-        buffer = self.host.request(index).result()
-        size = self.host.layouts[index].num_bytes
         if self._stream is None or free is None:
-            slot.bytes[:size].copy_(buffer.bytes[:size])
-            self._merge(index, slot)
-            self.host.hand_back(index, buffer)
+            self.host.put(index, slot.bytes)
             return None
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(free)
-            slot.bytes[:size].copy_(buffer.bytes[:size], non_blocking=True)
-            self._merge(index, slot)
-            arrived = self._stream.record_event()
-        if index >= self.host.kept:
-            arrived.synchronize()  # before the buffer is filled anew
-            self.host.hand_back(index, buffer)
-        return arrived
-
-    def _merge(self, index: int, slot: _Slot) -> None:
-        self.host.source.merge_block(index, self.host.layouts[index].views(slot.bytes))
+            self.host.put(index, slot.bytes)
+            return self._stream.record_event()
 
 
 def read_blocks(
@@ -238,25 +239,22 @@ def read_blocks(
         for index in range(start, min(start + ahead, count)):
             host.request(index)
         for index in range(start, count):
-            buffer, layout = host.request(index).result(), host.layouts[index]
-            target = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
-            _copy_whole(target, buffer.bytes[: layout.num_bytes], stream)
-            host.hand_back(index, buffer)
+            target = torch.empty(host.layouts[index].num_bytes, dtype=torch.uint8, device=device)
+            if stream is None:
+                host.put(index, target)
+            else:
+                stream.wait_stream(torch.cuda.current_stream(device))  # it may still use what the memory held before
+                with torch.cuda.stream(stream):
+                    host.put(index, target)
             if index + ahead < count:
                 host.request(index + ahead)
-            tensors = layout.views(target)
-            source.merge_block(index, tensors)
-            yield index, tensors
+            yield index, host.layouts[index].views(target)
     finally:
         host.close()
 
 
-def _copy_whole(target: Tensor, buffer: Tensor, stream: torch.cuda.Stream | None) -> None:
-    """Copy, and wait for the copy alone: work that stands on the device's main stream goes on meanwhile."""
-    if stream is None:
-        target.copy_(buffer)
-        return
-    stream.wait_stream(torch.cuda.current_stream(target.device))  # which may still use the memory's former content
-    with torch.cuda.stream(stream):
-        target.copy_(buffer, non_blocking=True)
-    stream.synchronize()
+def pinnable_blocks(source: ModelSource, dtype: torch.dtype) -> int:
+    """Return how many blocks of a model may stay in pinned host memory, which the system cannot give to others."""
+    sizes = [source.block_layout(index, dtype).num_bytes for index in range(source.num_blocks)]
+    left = PINNED_SHARE * available_host_bytes()
+    return sum(total <= left for total in itertools.accumulate(sizes))

@@ -120,6 +120,7 @@ def _end_to_end(context: RunContext, settings: CalibrationSettings, on_block: On
         _objective(context, settings),
         settings,
         state_path=context.workspace.state / "endtoend.safetensors",
+        record=student.recordable,
     )
     curve = calibrator.run(progress=context.progress("calibrate"))
     student.freeze(on_block)

@@ -119,7 +119,7 @@ def build_context(options: RunOptions, say: Callable[[str], None]) -> RunContext
         data=data,
         workspace=Workspace(options.directory),
         device=device,
-        pool=ModelPool(device),
+        pool=ModelPool(device, options.memory),
         meter=ResourceMeter(device.type),
         say=say,
         notes=list(data.notes),

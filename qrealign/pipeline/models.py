@@ -15,9 +15,10 @@ from qrealign.config import QuantScheme
 from qrealign.models.checkpoint import WeightFiles, find_weight_files
 from qrealign.models.device import RESIDENT_SHARE, compute_dtype, free_bytes
 from qrealign.models.device import choose_device as choose_device  # part of this module, for its callers
-from qrealign.models.placement import assign_tensors, move_buffers
+from qrealign.models.placement import assign_tensor, assign_tensors, move_buffers
 from qrealign.models.source import ModelSource
 from qrealign.models.streaming import stream_blocks
+from qrealign.models.transfer import HostBlocks, pinnable_blocks
 from qrealign.pack.load import fill_block
 from qrealign.quant.fake_quant import quantized_linears, replace_modules
 from qrealign.quant.packed import QuantizedLinear
@@ -61,20 +62,62 @@ class ModelPool:
     """Loads models and keeps them until memory is needed for another.
 
     A model that does not fit is streamed: each block's weights come when its forward begins and go when it ends.
+
+    Args:
+        device: where models run.
+        memory: how they are held, a name in `MEMORY_MODES`.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, memory: str = "auto") -> None:
+        self.device, self.memory = device, memory
         self.dtype = compute_dtype(device)
         self._kept: dict[str, PreTrainedModel] = {}
+        self._sources: dict[str, ModelSource] = {}  # of the kept models in full precision
 
-    def full_precision(self, name: str, source: ModelSource) -> PreTrainedModel:
-        """Return the model of `source` in the compute dtype."""
+    def full_precision(self, name: str, source: ModelSource, *, instead_of: str | None = None) -> PreTrainedModel:
+        """Return the model of `source` in the compute dtype.
 
-        def load(model: PreTrainedModel, index: int) -> nn.Module:
-            return source.load_block(model, index, self.device, self.dtype)
+        Args:
+            name: under which it is kept.
+            source: the model.
+            instead_of: a kept model that is no longer needed, by nobody; one of the same files is changed into this
+                one where it stands, any other is given up first.
+        """
+        if instead_of is not None and name not in self._kept:
+            if self._become(instead_of, name, source):
+                return self._kept[name]
+            self.release(instead_of)
+        model = self._get(name, source)
+        if name in self._kept:
+            self._sources[name] = source
+        return model
 
-        return self._get(name, source, load)
+    def take(self, source: ModelSource) -> PreTrainedModel | None:
+        """Return the kept model of `source`, if there is one, for its new owner alone; all other models are forgotten.
+
+        Its linears may be swapped and its weights used up.
+        """
+        fingerprint = source.fingerprint()
+        found = next((name for name, kept in self._sources.items() if kept.fingerprint() == fingerprint), None)
+        model = None if found is None else self._kept.get(found)
+        self.release()
+        return model
+
+    def _become(self, old: str, new: str, source: ModelSource) -> bool:
+        """Change a kept model into that of `source` where only changes of the weights lie between them."""
+        present = self._sources.get(old)
+        if present is None or not present.becomes(source, self.dtype):
+            return False
+        model = self._kept.pop(old)
+        del self._sources[old]
+        for index, block in enumerate(source.spec.blocks_of(model)):
+            for name, tensor in block.state_dict().items():
+                merged = source.merged(f"{source.spec.block_name(index)}.{name}", tensor)
+                if merged is not tensor:
+                    assign_tensor(block, name, merged)
+        source.load_outer(model, self.device, self.dtype)
+        self._kept[new], self._sources[new] = model, source
+        return True
 
     def plain_quantized(self, name: str, source: ModelSource, scheme: QuantScheme) -> PreTrainedModel:
         """Return the model of `source` rounded to nearest."""
@@ -98,18 +141,31 @@ class ModelPool:
         return source.total_bytes * self.dtype.itemsize // source.storage_dtype.itemsize
 
     def fits(self, source: ModelSource) -> bool:
-        """Return whether the whole model leaves room for activations in the memory that is free now."""
+        """Return whether the whole model is to be held on the device: as asked for, or as the free memory allows."""
+        if self.memory != "auto":
+            return self.memory == "resident"
         return self.resident_bytes(source) <= RESIDENT_SHARE * free_bytes(self.device)
+
+    def host_blocks(self, source: ModelSource) -> HostBlocks | None:
+        """Return the blocks of a model to be streamed to a GPU, as many of them pinned as host memory allows."""
+        if self.device.type != "cuda":
+            return None
+        count = 0 if self.memory == "low" else pinnable_blocks(source, self.dtype)
+        return HostBlocks(source, self.dtype, self.device, kept=count)
 
     def release(self, *names: str) -> None:
         """Forget some models, all of them without names."""
         for name in names or tuple(self._kept):
             self._kept.pop(name, None)
+            self._sources.pop(name, None)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _get(self, name: str, source: ModelSource, load: Loader, scheme: QuantScheme | None = None) -> PreTrainedModel:
+    def _get(
+        self, name: str, source: ModelSource, load: Loader | None = None, scheme: QuantScheme | None = None
+    ) -> PreTrainedModel:
+        """Return a kept model, or load one: block by block with `load`, else in full precision."""
         if name in self._kept:
             return self._kept[name]
         if not self.fits(source):
@@ -120,9 +176,13 @@ class ModelPool:
             add_shells(model, source, scheme)
         if not self.fits(source):
             logger.warning("%s does not fit into the free memory of %s: its blocks are streamed", name, self.device)
-            stream_blocks(model, source, self.device, self.dtype, loader=load)
+            host = self.host_blocks(source) if load is None else None
+            stream_blocks(model, source, self.device, self.dtype, loader=load, host=host)
             return model
-        for index in range(source.num_blocks):
+        if load is None:
+            for _ in source.load_blocks(model, self.device, self.dtype):
+                pass
+        for index in range(source.num_blocks) if load is not None else ():
             for layer in quantized_linears(load(model, index)).values():
                 layer.keep_dense(self.dtype)
         self._kept[name] = model

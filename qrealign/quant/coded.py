@@ -15,13 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qrealign.quant._until_merged import encode_weight, fake_quant_weight
 from qrealign.quant.edits import LowRankEdit, low_rank_gradients
-from qrealign_kernels import (
-    int8_matmul,
-    int8_matmul_dx,
-    quantize_per_token,
-)
+from qrealign_kernels import encode_weight, fake_quant_weight, int8_matmul, int8_matmul_dx, quantize_per_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +68,7 @@ class _IntegerLinear(torch.autograd.Function):
         right: Tensor,
         rounding: Rounding,
     ) -> Tensor:
-        w_codes, w_scale, zero_point = encode_weight(weight, None, None, left=left, right=right, **rounding.grid)
+        w_codes, w_scale, zero_point = encode_weight(weight, left=left, right=right, **rounding.grid)
         ctx.save_for_backward(*codes, weight, left, right)
         ctx.rounding = rounding
         out = int8_matmul(*codes, w_codes, w_scale, bias, x.dtype, zero_point=zero_point)
@@ -84,7 +79,7 @@ class _IntegerLinear(torch.autograd.Function):
         x_codes, x_scale, weight, left, right = ctx.saved_tensors
         rows, d_x = grad.flatten(0, -2), None
         if ctx.needs_input_grad[0]:
-            grid = encode_weight(weight, None, None, left=left, right=right, **ctx.rounding.grid)
+            grid = encode_weight(weight, left=left, right=right, **ctx.rounding.grid)
             d_x = int8_matmul_dx(rows, *grid).reshape(*grad.shape[:-1], -1)
         d_left, d_right = low_rank_gradients(rows, x_codes, left, right, x_scale)
         return d_x, None, None, None, d_left, d_right, None
@@ -111,7 +106,7 @@ class _RoundedLinear(torch.autograd.Function):
 
 def _rounded(weight: Tensor, left: Tensor, right: Tensor, rounding: Rounding, dtype: torch.dtype) -> Tensor:
     """Return the edited weight on its grid, `[N, K]` in `dtype`."""
-    return fake_quant_weight(weight, None, None, left=left, right=right, out_dtype=dtype, **rounding.grid)
+    return fake_quant_weight(weight, left=left, right=right, out_dtype=dtype, **rounding.grid)
 
 
 def coded_linear(

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qrealign.config import QuantScheme
-from qrealign.quant._until_merged import encode_weight
 from qrealign.quant.clipping import LearnableWeightClipping
 from qrealign.quant.coded import InputCodes, Rounding, coded_linear
 from qrealign.quant.edits import LowRankEdit, edited_linear
 from qrealign.quant.packed import QuantizedLinear
-from qrealign_kernels import fake_quant_per_token, fake_quant_weight, quantize_weight
+from qrealign_kernels import encode_weight, fake_quant_per_token, fake_quant_weight, quantize_weight
 
 
 class _GridArguments(TypedDict):
@@ -153,9 +152,7 @@ class FakeQuantLinear(nn.Module):
         """Return the frozen layer with exactly the codes that the forward pass uses."""
         if self.edit is not None and self.is_coded():
             grid = self._rounding().grid
-            codes, scale, zero_point = encode_weight(
-                self.weight, None, None, left=self.edit.left, right=self.edit.right, **grid
-            )
+            codes, scale, zero_point = encode_weight(self.weight, left=self.edit.left, right=self.edit.right, **grid)
         else:
             codes, scale, zero_point = quantize_weight(self.float_weight(), **self._grid_arguments())
         bias = self.float_bias()
