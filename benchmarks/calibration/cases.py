@@ -37,7 +37,8 @@ class Case:
 
     def settings(self, samples: int = SAMPLES) -> CalibrationSettings:
         """Return the settings of the whole run, before it is shortened."""
-        return method_settings(self.method, engine=self.engine, samples=samples, **self.overrides)
+        schedule = "fast" if "fast" in self.flags else None
+        return method_settings(self.method, engine=self.engine, schedule=schedule, samples=samples, **self.overrides)
 
     def step_flags(self, shorten: int, samples: int) -> list[str]:
         """Return the flags that set how many steps are taken, `shorten` times fewer than the whole run's."""
@@ -59,7 +60,7 @@ _FAST = Case(
     title="block-wise, fast mode",
     method="paper",
     engine="blockwise",
-    overrides={"batch_size": 8},
+    flags=("--schedule", "fast"),
 )
 _PARITY = Case(name="parity", title="block-wise, parity mode", method="paper", engine="blockwise")
 _CASES = (

@@ -81,10 +81,7 @@ def read_rows(path: Path) -> list[Row]:
     kinds = get_type_hints(Row)
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            return [
-                Row(**{name: kinds[name](value) for name, value in line.items()})
-                for line in csv.DictReader(file)
-            ]
+            return [Row(**{name: kinds[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is no table of this benchmark ({error}): remove it and measure again") from error
 

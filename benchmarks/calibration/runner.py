@@ -73,7 +73,7 @@ def run_case(bench: Bench, case: Case) -> tuple[list[Row], list[dict[str, Any]]]
         tokens=bench.tokens,
     )
     command = [*_launcher(case.gpus), "-m", "benchmarks.calibration.worker", str(record)]
-    command += [*(["--profile"] if bench.profile else []), *(["--time-steps"] if case.extrapolated else [])]
+    command += [*(["--profile"] if bench.profile else []), *(["--eager"] if case.extrapolated else [])]
     command += ["--", *flags, "--device", bench.device.type]
     environment = {**os.environ, **({"QREALIGN_BACKEND": case.backend} if case.backend else {})}
     start = time.perf_counter()

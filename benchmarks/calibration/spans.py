@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,8 @@ REST = "other"  # what no span covers: imports, checks, reports
 class Target:
     """A function to be measured: its span's name, and where it is looked up, as `module:attribute.path`.
 
-    Inside an `atomic` one nothing else is counted: loading that overlaps with steps is part of the steps.
+    Inside an `atomic` one nothing else is counted: loading that overlaps with steps is part of the steps. Of a
+    generator, the time to each of its values counts.
     """
 
     span: str
@@ -39,6 +41,7 @@ TARGETS = (
     Target("teach", "qrealign.pipeline.main:run_teaching"),
     Target("load", "qrealign.pipeline.student:Student.__init__"),
     Target("load", "qrealign.models.source:ModelSource.load_block"),
+    Target("load", "qrealign.models.source:ModelSource.load_blocks"),
     Target("load", "qrealign.models.source:ModelSource.load_outer"),
     Target("capture", "qrealign.pipeline.calibrating:capture_block_inputs"),
     Target("capture", "qrealign.calibrate.blockwise:BlockwiseCalibrator._advance", atomic=True),
@@ -47,6 +50,7 @@ TARGETS = (
     Target("pack", "qrealign.pipeline.student:Student.freeze"),
     Target("pack", "qrealign.calibrate.blockwise:freeze_block"),
     Target("save", "qrealign.pack.writer:CheckpointWriter.add_block"),
+    Target("save", "qrealign.calibrate.handover:HandOver.wait"),
     Target("save", "qrealign.pack.writer:CheckpointWriter.add_outer"),
     Target("save", "qrealign.pack.writer:CheckpointWriter.finish"),
     Target("save", "qrealign.pipeline.main:verify_checkpoint"),
@@ -160,6 +164,23 @@ def find_function(place: str) -> tuple[Any, str, Callable[..., Any]]:
 
 
 def _wrapped(function: Callable[..., Any], spans: Spans, target: Target) -> Callable[..., Any]:
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def generate(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            values, done = function(*args, **kwargs), object()
+            try:
+                while True:
+                    with spans.span(target.span, atomic=target.atomic):
+                        value = next(values, done)
+                    if value is done:
+                        return
+                    yield value
+            finally:
+                values.close()
+
+        return generate
+
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         with spans.span(target.span, atomic=target.atomic):

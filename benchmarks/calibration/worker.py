@@ -1,6 +1,6 @@
 """One run of `python -m qrealign.run` in a process of its own, with its stages measured.
 
-python -m benchmarks.calibration.worker RECORD.json [--profile] [--time-steps] -- FLAGS OF qrealign.run
+python -m benchmarks.calibration.worker RECORD.json [--profile] [--eager] -- FLAGS OF qrealign.run
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Steps:
         self.tokens += sum(len(sample.input_ids) for sample in samples)
         self.positions += sum(len(sample.positions) for sample in samples)
 
-    def add_block(self, calibrator: Any, index: int, *_: Any) -> None:
-        """Count a finished block: the real tokens of the steps that it took."""
-        steps, mask = calibrator.steps_of(index), calibrator.inputs.mask
+    def add_block(self, calibrator: Any, *_: Any) -> None:
+        """Count a finished block: the steps that it took, which the end of its curve tells, and their real tokens."""
+        steps, mask = calibrator.curve[-1].step + 1, calibrator.inputs.mask
         self.count += steps
         self.tokens += round(steps * calibrator.settings.batch_size * float(mask.sum()) / len(mask))
 
@@ -61,9 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration.worker")
     parser.add_argument("record", type=Path)
     parser.add_argument("--profile", action="store_true", help="list the kernels of the optimizer's steps")
-    parser.add_argument(
-        "--time-steps", action="store_true", help="wait for every step, so that each one's time is known"
-    )
+    parser.add_argument("--eager", action="store_true", help="no recorded steps; every one is waited for and timed")
     parser.add_argument("flags", nargs="+", help="behind --: the flags of qrealign.run")
     args = parser.parse_args(arguments)
     from qrealign.run import main as run
@@ -73,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _profile_steps(kernels)
     observe("qrealign.calibrate.endtoend:EndToEndCalibrator.run", steps.add_endtoend)
     observe("qrealign.calibrate.blockwise:BlockwiseCalibrator._train", steps.add_block)
-    if args.time_steps:
+    if args.eager:
+        _call_instead_of_recording()
         observe("qrealign.calibrate.parameters:Trainable.step", steps.add_step)
     instrument(spans)
     with spans.watching():
@@ -93,6 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         },
     )
     return status
+
+
+def _call_instead_of_recording() -> None:
+    """Have every step's operations started one by one, as plain PyTorch does."""
+    from qrealign.calibrate.graphs import Recorded
+
+    Recorded.record = lambda self: None  # type: ignore[method-assign]
 
 
 def _profile_steps(kernels: list[dict[str, Any]]) -> None:
