@@ -59,9 +59,10 @@ def run_case(bench: Bench, case: Case) -> tuple[list[Row], list[dict[str, Any]]]
     Raises:
         RunFailed: the run did not end well; its last lines are in the message.
     """
-    output, record, log = (bench.work / f"{case.name}{end}" for end in ("", ".json", ".log"))
-    for path in (output, *bench.work.glob(f"{case.name}*.json")):
-        remove(path)
+    folder = bench.work / "runs" / case.name
+    remove(folder)
+    folder.mkdir(parents=True)
+    output, log = folder / "output", folder / "log.txt"
     flags = run_flags(
         case,
         model=bench.model,
@@ -72,7 +73,7 @@ def run_case(bench: Bench, case: Case) -> tuple[list[Row], list[dict[str, Any]]]
         samples=bench.samples,
         tokens=bench.tokens,
     )
-    command = [*_launcher(case.gpus), "-m", "benchmarks.calibration.worker", str(record)]
+    command = [*_launcher(case.gpus), "-m", "benchmarks.calibration.worker", str(folder / "record.json")]
     command += [*(["--profile"] if bench.profile else []), *(["--eager"] if case.extrapolated else [])]
     command += ["--", *flags, "--device", bench.device.type]
     environment = {**os.environ, **({"QREALIGN_BACKEND": case.backend} if case.backend else {})}
@@ -84,7 +85,7 @@ def run_case(bench: Bench, case: Case) -> tuple[list[Row], list[dict[str, Any]]]
     if status:
         tail = " | ".join(log.read_text(encoding="utf-8").splitlines()[-LOG_LINES:])
         raise RunFailed(f"{case.name} ended with exit status {status} after {seconds:.0f} s: {tail}")
-    records = [read_json(path) for path in sorted(bench.work.glob(f"{case.name}*.json"))]
+    records = [read_json(path) for path in sorted(folder.glob("record*.json"))]
     return _rows(bench, case, records, seconds), records[0]["kernels"]
 
 
