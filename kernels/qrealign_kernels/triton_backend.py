@@ -1,0 +1,23 @@
+"""The backend of the Triton kernels: what each op runs on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qrealign_kernels import triton_activations, triton_weight
+from qrealign_kernels.interface import REFERENCE
+
+BACKEND = dataclasses.replace(
+    REFERENCE,
+    fake_quant_per_token=triton_activations.fake_quant_per_token,
+    quantize_per_token=triton_activations.quantize_per_token,
+    encode_weight=triton_weight.encode_weight,
+    fake_quant_edited_weight=triton_weight.fake_quant_edited_weight,
+    edited_weight_gradients=triton_weight.edited_weight_gradients,
+    rms_norm_quantize=triton_activations.rms_norm_quantize,
+    rms_norm_fake_quant=triton_activations.rms_norm_fake_quant,
+    rms_norm_gradients=triton_activations.rms_norm_gradients,
+    silu_mul_quantize=triton_activations.silu_mul_quantize,
+    silu_mul_fake_quant=triton_activations.silu_mul_fake_quant,
+    silu_mul_gradients=triton_activations.silu_mul_gradients,
+)
