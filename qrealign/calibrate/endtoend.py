@@ -21,13 +21,16 @@ from qrealign.calibrate.divergence import DivergenceGuard
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.calibrate.objectives import BehaviourObjective, Objective
 from qrealign.calibrate.parameters import Trainable
-from qrealign.calibrate.parts import Parts
+from qrealign.calibrate.parts import Parts, by_length
 from qrealign.calibrate.recorded import RecordedPass
 from qrealign.calibrate.schedule import stratified_batches, warm_cosine
 from qrealign.calibrate.state import load_progress, save_progress
 from qrealign.records import CurvePoint
 
 SAVE_EVERY = 10  # steps between two looks at the losses: a kill, or a divergence, costs at most these
+# What another pass costs a CPU, in tokens: the weights are rounded anew. A GPU reads them from memory for it, which is
+# worth more tokens than padding ever wastes.
+PASS_TOKENS = 20
 
 Losses = dict[str, Tensor]  # of one step by name, scalars on the device
 
@@ -62,10 +65,11 @@ class EndToEndCalibrator:
             seed=settings.seed,
         )
         self.schedule = list(islice(batches, settings.steps))
-        self.parts = Parts(settings.batch_size, trainable.zero_grad)
         self.recorded: RecordedPass | None = None
         if record and isinstance(objective, BehaviourObjective):
             self.recorded = RecordedPass(model, trainable, objective, map(self._samples, range(settings.steps)))
+        split = self._by_length if model.device.type == "cpu" and self.recorded is None else None
+        self.parts = Parts(settings.batch_size, trainable.zero_grad, split)
         self.curve: list[CurvePoint] = []
 
     def run(self, *, progress: str | None, on_step: Callable[[int], None] | None = None) -> list[CurvePoint]:
@@ -127,6 +131,9 @@ class EndToEndCalibrator:
 
     def _samples(self, step: int) -> list[Any]:
         return [self.objective.samples[index] for index in self.schedule[step]]
+
+    def _by_length(self, samples: Sequence[Any]) -> list[list[Any]]:
+        return by_length(samples, [self.objective.length(sample) for sample in samples], PASS_TOKENS)
 
     def _backward(self, samples: Sequence[Any], counts: Mapping[str, int]) -> Losses:
         """Add the gradients of part of a batch; `counts` describe the whole batch."""

@@ -1,7 +1,8 @@
-"""What follows a block, done beside the training of the next one."""
+"""What follows a block, done beside the work on the next one."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -9,39 +10,45 @@ import torch
 
 
 class HandOver:
-    """Runs work on a GPU's results in a thread and stream of its own, one piece at a time; on a CPU it runs at once.
+    """Runs work on a GPU's results in threads and streams of its own; on a CPU it runs at once.
 
-    Use it as a context manager: leaving it without an error waits for the last piece.
+    Use it as a context manager: leaving it without an error waits for what is left.
+
+    Args:
+        device: where the results are.
+        pieces: how many are worked on at a time; with more than one they end in any order.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hand-over")
-        self._last: Future[None] | None = None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, device: torch.device, pieces: int = 1) -> None:
+        self.device, self.pieces = device, pieces
+        self._threads = ThreadPoolExecutor(max_workers=pieces, thread_name_prefix="hand-over")
+        self._under_way: deque[Future[None]] = deque()
+        self._streams = [torch.cuda.Stream(device) for _ in range(pieces if device.type == "cuda" else 0)]
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Wait for the piece before, and start the next. What that raised is raised here."""
-        self.wait()
-        if self._stream is None:
+        """Wait until fewer than `pieces` are under way, and start the next. What an earlier one raised is raised here."""
+        self.wait(self.pieces - 1)
+        if not self._streams:
             work()
             return
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self.device))
-        self._last = self._thread.submit(self._run, work, ready)
+        self._under_way.append(self._threads.submit(self._run, work, ready))
 
-    def wait(self) -> None:
-        """Return when everything submitted is done."""
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
+    def wait(self, left: int = 0) -> None:
+        """Return when all that was submitted is done, but for the `left` last pieces."""
+        while len(self._under_way) > left:
+            self._under_way.popleft().result()
 
     def _run(self, work: Callable[[], None], ready: torch.cuda.Event) -> None:
-        assert self._stream is not None
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
-            work()
-            self._stream.synchronize()
+        stream = self._streams.pop()
+        try:
+            with torch.cuda.stream(stream):
+                stream.wait_event(ready)
+                work()
+                stream.synchronize()
+        finally:
+            self._streams.append(stream)
 
     def __enter__(self) -> HandOver:
         return self
@@ -51,4 +58,4 @@ class HandOver:
             if kind is None:
                 self.wait()
         finally:
-            self._thread.shutdown()
+            self._threads.shutdown()

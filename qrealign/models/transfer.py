@@ -99,9 +99,10 @@ class HostBlocks:
         """Return the buffer of a block, filled when the future is done; `hand_back` it after use."""
         if index in self._fixed:
             return self._fixed[index]
-        if index not in self._moving:
-            self._moving[index] = self._pool.submit(self._fill, index)
-        return self._moving[index]
+        with self._lock:
+            if index not in self._moving:
+                self._moving[index] = self._pool.submit(self._fill, index)
+            return self._moving[index]
 
     def put(self, index: int, target: Tensor) -> None:
         """Queue the copy of a block into a flat uint8 tensor on the current stream, changes merged."""
@@ -115,8 +116,8 @@ class HostBlocks:
 
     def hand_back(self, index: int, buffer: PinnedBuffer) -> None:
         """Allow the buffer of a block that is not kept to be filled with another one."""
-        if index not in self._fixed and self._moving.pop(index, None) is not None:
-            with self._lock:
+        with self._lock:
+            if index not in self._fixed and self._moving.pop(index, None) is not None:
                 self._free.append(buffer)
 
     def close(self) -> None:

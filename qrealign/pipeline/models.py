@@ -70,6 +70,8 @@ class ModelPool:
 
     def __init__(self, device: torch.device, memory: str = "auto") -> None:
         self.device, self.memory = device, memory
+        # cuDNN plans its attention anew for every length of the keys, which takes longer than the token it answers.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.dtype = compute_dtype(device)
         self._kept: dict[str, PreTrainedModel] = {}
         self._sources: dict[str, ModelSource] = {}  # of the kept models in full precision

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qrealign.calibrate.blockwise import freeze_block
+from qrealign.calibrate.handover import HandOver
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.calibrate.parameters import BlockContext, Trainable
 from qrealign.calibrate.readout import final_hidden
@@ -28,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 KEPT_SHARE = 0.4  # of the weights' bytes: what kept activations may take on a GPU
 ACTIVATION_SHARE = 0.25  # of the free memory: the same on a CPU
-PROBED_TOKENS = 16
+PROBED_TOKENS = 32
+WRITERS = 4  # frozen blocks on their way to the disk at a time
 
 
 class Student:
@@ -111,16 +114,27 @@ class Student:
             store_block(folder, index, edit_factors(block, source.spec.block_name(index)))
 
     def freeze(self, on_block: Callable[[int, nn.Module], None]) -> None:
-        """Hand every block over in its final form; the student is used up by it."""
+        """Hand every block over in its final form, on the host; from a GPU several at a time, in any order.
+
+        The student is used up by it.
+        """
         source = self.context.repaired
         if self._stream is not None:
             self._stream.remove()
         self.trainable.fold(source.storage_dtype)
-        for index, block in enumerate(source.spec.blocks_of(self.model)):
-            if self.streamed:
-                source.load_block(self.model, index, self.context.device, self.context.pool.dtype)
-            on_block(index, freeze_block(block, source.storage_dtype))
+        blocks = source.spec.blocks_of(self.model)
+        if self.streamed:
+            loaded: Iterable[nn.Module] = source.load_blocks(self.model, self.context.device, self.context.pool.dtype)
+        else:
+            loaded = blocks
+
+        def write(index: int, block: nn.Module) -> None:
+            on_block(index, block.to("cpu"))
             block.to("meta")
+
+        with HandOver(self.context.device, WRITERS) as hand_over:
+            for index, block in enumerate(loaded):
+                hand_over.submit(partial(write, index, freeze_block(block, source.storage_dtype)))
 
 
 def edit_factors(block: nn.Module, prefix: str) -> dict[str, Tensor]:
