@@ -117,13 +117,12 @@ def runs_of(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
     return {run: by_stage(group) for run, group in found.items()}
 
 
-def find_run(rows: Iterable[Row], geometry: str, case: str, device: str | None = None) -> Mapping[str, Row] | None:
-    """Return a whole model's run by its case, the latest in the file, or None."""
+def find_run(rows: Iterable[Row], geometry: str, case: str, *, any_depth: bool = False) -> Mapping[str, Row] | None:
+    """Return a geometry's run of a case, the latest in the file, or None; of a whole model, unless `any_depth`."""
     fitting = [
         stages
         for stages in runs_of(rows).values()
         if (stages[TOTAL].geometry, stages[TOTAL].case) == (geometry, case)
-        and stages[TOTAL].layers == stages[TOTAL].full_layers
-        and device in (None, stages[TOTAL].device)
+        and (any_depth or stages[TOTAL].layers == stages[TOTAL].full_layers)
     ]
     return fitting[-1] if fitting else None

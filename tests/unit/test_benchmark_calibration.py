@@ -281,6 +281,8 @@ def test_figures_come_from_whole_runs_of_the_7b_on_a_gpu(tmp_path):
     assert "realign_total_s" not in headline_figures([replace(r, shorten=10) for r in run_rows()], {})
     for changed in ({"layers": 8}, {"device": "cpu"}, {"geometry": "llama-2-13b"}):
         assert not headline_figures([replace(item, **changed) for item in rows], {"a GPU": H200})
+    large = run_rows("realign-streamed", geometry="llama-2-70b", layers=8, full_layers=80, peak_device_gib=12.0)
+    assert {key: figure.value for key, figure in headline_figures(large, {}).items()} == {"streamed_70b_gib": 12.0}
 
 
 def test_the_estimate_keeps_the_share_of_the_rates():
