@@ -18,11 +18,12 @@ class ResourceMeter:
 
     Host memory is this process's resident memory that no file backs, page-locked buffers included: file pages mapped
     from checkpoints are not counted, because the kernel drops them under pressure. Where the system does not tell them
-    apart, the whole resident set is taken.
+    apart, the whole resident set is taken. Other processes of the run are measured by themselves; `gpus` says how many
+    GPUs all of them hold.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
-        self.on_gpu = device.startswith("cuda")
+    def __init__(self, device: str = "cpu", *, gpus: int = 1) -> None:
+        self.on_gpu, self.gpus = device.startswith("cuda"), gpus
         self.stages: list[StageRecord] = []
 
     @contextmanager
@@ -48,7 +49,7 @@ class ResourceMeter:
 
             torch.cuda.synchronize()
             peak_device_bytes = torch.cuda.max_memory_allocated()
-        gpu_hours = seconds / _SECONDS_PER_HOUR if self.on_gpu else 0.0
+        gpu_hours = seconds * self.gpus / _SECONDS_PER_HOUR if self.on_gpu else 0.0
         return StageRecord(
             name=name,
             wall_seconds=seconds,

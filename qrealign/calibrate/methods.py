@@ -278,8 +278,8 @@ def _fast(settings: CalibrationSettings) -> CalibrationSettings:
     """
     if settings.engine != "blockwise":
         raise ConfigError(
-            f"--schedule fast shortens the block-wise engine: method {settings.method!r} runs end-to-end here, so leave "
-            "it out, or add --engine blockwise where the method has it"
+            f"--schedule fast shortens the block-wise engine, and method {settings.method!r} does not use it here: "
+            "leave it out, or add --engine blockwise where the method has it"
         )
     growth = FAST_BATCH / settings.batch_size
     rates = ("clip_learning_rate", "transform_learning_rate", "edit_learning_rate")
@@ -287,5 +287,5 @@ def _fast(settings: CalibrationSettings) -> CalibrationSettings:
         settings,
         batch_size=FAST_BATCH,
         plateau=FAST_PLATEAU,
-        **{name: getattr(settings, name) * growth for name in rates},  # type: ignore[arg-type]
+        **{name: getattr(settings, name) * growth for name in rates},
     )

@@ -22,6 +22,8 @@ from qrealign.data.prompts import Label
 
 ROUND_TO = 8  # tokens: what the attention kernels want of a sequence's length
 
+LOSS_NAMES = ("malicious", "benign", "pull", "push", "preference", "answer")  # of all objectives
+
 
 class Objective(Protocol):
     """A loss over cached samples.
@@ -46,7 +48,7 @@ class Objective(Protocol):
         ...
 
     def losses(self, model: PreTrainedModel, samples: Sequence[Any], counts: Mapping[str, int]) -> dict[str, Tensor]:
-        """Return the named losses of `samples`, scalars with gradients; their sum is minimised."""
+        """Return losses of `samples` by names of `LOSS_NAMES`, scalars with gradients; their sum is minimised."""
         ...
 
 

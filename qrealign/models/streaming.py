@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qrealign.models.placement import Contents, assign_tensor, move_buffers, restore_contents, save_contents
-from qrealign.models.transfer import BlockStream, HostBlocks
+from qrealign.models.transfer import BlockStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,7 +109,7 @@ def stream_blocks(
     dtype: torch.dtype | None = None,
     *,
     loader: Loader | None = None,
-    host: HostBlocks | None = None,
+    stream: BlockStream | None = None,
 ) -> StreamHandle:
     """Make every block of `model` load its weights before it runs and release them after.
 
@@ -124,12 +124,11 @@ def stream_blocks(
         dtype: of the weights; None keeps the stored one.
         loader: called as `loader(model, index)` to fill a block, instead of `source.load_block`. It may replace the
             block's submodules too: whatever it changes in the block is undone after the block has run.
-        host: blocks that are read ahead and copied while earlier ones run, instead of either; the handle closes it.
+        stream: brings blocks while earlier ones run, instead of either; the handle closes it.
     """
     blocks = source.spec.blocks_of(model)
     for block in blocks:
         move_buffers(block, device)
-    stream = None if host is None else BlockStream(host, torch.device(device))
 
     def load(index: int) -> None:
         if stream is not None:

@@ -6,7 +6,7 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -78,12 +78,13 @@ class HostBlocks:
         source: the model.
         dtype: floating-point dtype of the tensors.
         device: where they will go.
-        kept: blocks, from the first on, that stay in host memory once read; all others share a few buffers and are
-            read anew for each use.
+        kept: blocks that stay in host memory once read; all others share a few buffers and are read anew for each use.
     """
 
-    def __init__(self, source: ModelSource, dtype: torch.dtype, device: torch.device, *, kept: int) -> None:
-        self.source, self.dtype, self.device, self.kept = source, dtype, device, kept
+    def __init__(
+        self, source: ModelSource, dtype: torch.dtype, device: torch.device, *, kept: Iterable[int] = ()
+    ) -> None:
+        self.source, self.dtype, self.device, self.kept = source, dtype, device, frozenset(kept)
         self.layouts = [source.block_layout(index, dtype) for index in range(source.num_blocks)]
         self.largest = max(layout.num_bytes for layout in self.layouts)
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read-blocks")
@@ -92,7 +93,7 @@ class HostBlocks:
         self._free: list[PinnedBuffer] = []
         self._all: list[PinnedBuffer] = []
         self._lock = threading.Lock()
-        for index in range(kept):
+        for index in sorted(self.kept):
             self._fixed[index] = self._pool.submit(self._fill, index)
 
     def request(self, index: int) -> Future[PinnedBuffer]:
@@ -130,9 +131,9 @@ class HostBlocks:
     def _fill(self, index: int) -> PinnedBuffer:
         """Read a block into a buffer."""
         with self._lock:
-            buffer = self._free.pop() if self._free and index >= self.kept else None
+            buffer = self._free.pop() if self._free and index not in self.kept else None
         if buffer is None:
-            size = self.layouts[index].num_bytes if index < self.kept else self.largest
+            size = self.layouts[index].num_bytes if index in self.kept else self.largest
             buffer = PinnedBuffer(size, self.device)
             with self._lock:
                 self._all.append(buffer)
@@ -152,20 +153,23 @@ class _Slot:
 
 
 class BlockStream:
-    """Two blocks of a model on the device: the one that runs, and the one that will run next.
+    """The blocks of a model that stay on the device, and two that come and go: the one that runs, and the next one.
 
-    While a block runs, the next one is copied on a stream of its own. Which one that is follows from the walk: up in a
-    forward pass, down when a backward pass recomputes, and from the last block back to the first one or, with
-    gradients enabled, down.
+    While blocks run, the next one that has to come is copied on a stream of its own. Which one that is follows from the
+    walk: up in a forward pass, down when a backward pass recomputes, and from the last block back to the first one or,
+    with gradients enabled, down.
 
     Args:
         host: where the blocks come from.
         device: where they go; a CPU gets copies too, without a stream.
+        held: blocks that stay on the device once they have come.
     """
 
-    def __init__(self, host: HostBlocks, device: torch.device) -> None:
+    def __init__(self, host: HostBlocks, device: torch.device, *, held: Iterable[int] = ()) -> None:
         self.host, self.device = host, device
-        self._slots = [_Slot(host.largest, device) for _ in range(2)]
+        self._held: dict[int, Tensor | None] = dict.fromkeys(held)
+        self._coming = [index for index in range(len(host.layouts)) if index not in self._held]
+        self._slots = [_Slot(host.largest, device) for _ in range(min(2, len(self._coming)))]
         self._feeder = ThreadPoolExecutor(1, thread_name_prefix="feed-device")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._last = -1
@@ -175,6 +179,8 @@ class BlockStream:
 
         Work on all other blocks must have been queued on the current stream.
         """
+        if index in self._held:
+            return self.host.layouts[index].views(self._hold(index))
         slot = next((slot for slot in self._slots if slot.index == index), None)
         if slot is None:
             slot = next(slot for slot in self._slots if slot.index != self._last or self._last < 0)
@@ -194,20 +200,31 @@ class BlockStream:
         self._feeder.shutdown(wait=True)
         if self._stream is not None:
             self._stream.synchronize()
-        self._slots = []
+        self._slots, self._held = [], {}
         self.host.close()
 
+    def _hold(self, index: int) -> Tensor:
+        """Return the memory of a block that stays, brought at its first use."""
+        held = self._held[index]
+        if held is None:
+            held = torch.empty(self.host.layouts[index].num_bytes, dtype=torch.uint8, device=self.device)
+            self.host.put(index, held)
+            self._held[index] = held
+        return held
+
     def _following(self, index: int) -> int:
-        """Return the block that will be asked for next, apart from this one."""
-        last = len(self.host.layouts) - 1
+        """Return the block that has to come next, apart from this one."""
+        place, last = self._coming.index(index), len(self._coming) - 1
+        down = index < self._last or (index == self._last and place == last)
         if last == 0:
-            return 0
-        down = index < self._last or (index == self._last == last)
-        if down:
-            return index - 1 if index else 1
-        if index < last:
-            return index + 1
-        return last - 1 if torch.is_grad_enabled() else 0
+            following = 0
+        elif down:
+            following = place - 1 if place else 1
+        elif place < last:
+            following = place + 1
+        else:
+            following = last - 1 if torch.is_grad_enabled() else 0
+        return self._coming[following]
 
     def _send(self, index: int, slot: _Slot) -> None:
         """Start copying a block into a slot, once the work queued so far has left it."""
@@ -234,7 +251,7 @@ def read_blocks(
 
     `ahead` blocks are being read while one is used.
     """
-    host, count = HostBlocks(source, dtype, device, kept=0), source.num_blocks
+    host, count = HostBlocks(source, dtype, device), source.num_blocks
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     try:
         for index in range(start, min(start + ahead, count)):
@@ -254,8 +271,23 @@ def read_blocks(
         host.close()
 
 
-def pinnable_blocks(source: ModelSource, dtype: torch.dtype) -> int:
-    """Return how many blocks of a model may stay in pinned host memory, which the system cannot give to others."""
+def open_stream(
+    source: ModelSource, dtype: torch.dtype, device: torch.device, *, held_bytes: float = 0.0, pin: bool = True
+) -> BlockStream:
+    """Return a stream of a model's blocks, some of which stay on the device.
+
+    Args:
+        source: the model.
+        dtype: floating-point dtype of the tensors.
+        device: where they go.
+        held_bytes: what the blocks that stay may take; they are spread evenly, so that copies have time between them.
+        pin: keep the others in pinned host memory, as far as `PINNED_SHARE` of what is available goes.
+    """
     sizes = [source.block_layout(index, dtype).num_bytes for index in range(source.num_blocks)]
-    left = PINNED_SHARE * available_host_bytes()
-    return sum(total <= left for total in itertools.accumulate(sizes))
+    count = min(len(sizes), int(held_bytes / max(sizes)))
+    held = {int((place + 0.5) * len(sizes) / count) for place in range(count)}
+    left = PINNED_SHARE * available_host_bytes() if pin else 0.0
+    coming = [index for index in range(len(sizes)) if index not in held]
+    totals = itertools.accumulate(sizes[index] for index in coming)
+    kept = [index for index, total in zip(coming, totals, strict=True) if total <= left]
+    return BlockStream(HostBlocks(source, dtype, device, kept=kept), device, held=held)

@@ -18,13 +18,16 @@ from qrealign.models.device import choose_device as choose_device  # part of thi
 from qrealign.models.placement import assign_tensor, assign_tensors, move_buffers
 from qrealign.models.source import ModelSource
 from qrealign.models.streaming import stream_blocks
-from qrealign.models.transfer import HostBlocks, pinnable_blocks
+from qrealign.models.transfer import BlockStream, open_stream
 from qrealign.pack.load import fill_block
 from qrealign.quant.fake_quant import quantized_linears, replace_modules
 from qrealign.quant.packed import QuantizedLinear
 from qrealign_kernels import quantize_weight
 
 logger = logging.getLogger(__name__)
+
+HELD_SHARE = 0.5  # of the free memory: what a model that does not fit may hold of its blocks
+LOW_BYTES = 8 * 2**30  # the same with --memory low, made for cards of 16 GiB
 
 Loader = Callable[[PreTrainedModel, int], nn.Module]
 
@@ -148,12 +151,37 @@ class ModelPool:
             return self.memory == "resident"
         return self.resident_bytes(source) <= RESIDENT_SHARE * free_bytes(self.device)
 
-    def host_blocks(self, source: ModelSource) -> HostBlocks | None:
-        """Return the blocks of a model to be streamed to a GPU, as many of them pinned as host memory allows."""
+    def mode(self, source: ModelSource) -> str:
+        """Return how the weights of a model will be held now: "resident", "low" (some of them) or "streamed"."""
+        if self.fits(source):
+            return "resident"
+        return "low" if self.device.type == "cuda" and self.held_bytes() >= self.block_bytes(source) else "streamed"
+
+    def block_bytes(self, source: ModelSource) -> int:
+        """Return the bytes of the largest block in the compute dtype."""
+        return max(source.block_layout(index, self.dtype).num_bytes for index in range(source.num_blocks))
+
+    def weight_bytes(self, source: ModelSource) -> int:
+        """Return what the weights of a model will take on the device now; the rest of them comes block by block."""
+        whole, block = self.resident_bytes(source), self.block_bytes(source)
+        if self.fits(source):
+            return whole
+        outer = whole - sum(source.block_layout(index, self.dtype).num_bytes for index in range(source.num_blocks))
+        held = int(self.held_bytes() / block) * block if self.device.type == "cuda" else 0
+        return min(whole, max(outer, 0) + held + 2 * block)
+
+    def held_bytes(self) -> float:
+        """Return what blocks of a model that does not fit may take on the device for good."""
+        if self.memory == "streamed":
+            return 0.0
+        free = HELD_SHARE * free_bytes(self.device)
+        return min(free, LOW_BYTES) if self.memory == "low" else free
+
+    def open_stream(self, source: ModelSource) -> BlockStream | None:
+        """Return what brings the blocks of a model that does not fit to a GPU; a CPU reads them where they are."""
         if self.device.type != "cuda":
             return None
-        count = 0 if self.memory == "low" else pinnable_blocks(source, self.dtype)
-        return HostBlocks(source, self.dtype, self.device, kept=count)
+        return open_stream(source, self.dtype, self.device, held_bytes=self.held_bytes())
 
     def release(self, *names: str) -> None:
         """Forget some models, all of them without names."""
@@ -178,8 +206,8 @@ class ModelPool:
             add_shells(model, source, scheme)
         if not self.fits(source):
             logger.warning("%s does not fit into the free memory of %s: its blocks are streamed", name, self.device)
-            host = self.host_blocks(source) if load is None else None
-            stream_blocks(model, source, self.device, self.dtype, loader=load, host=host)
+            stream = self.open_stream(source) if load is None else None
+            stream_blocks(model, source, self.device, self.dtype, loader=load, stream=stream)
             return model
         if load is None:
             for _ in source.load_blocks(model, self.device, self.dtype):

@@ -76,8 +76,8 @@ class Student:
         set_quantize([self.model], quantize)
         self._stream: StreamHandle | None = None
         if self.streamed:
-            host = pool.host_blocks(source)
-            self._stream = stream_blocks(self.model, source, context.device, pool.dtype, host=host)
+            stream = pool.open_stream(source)
+            self._stream = stream_blocks(self.model, source, context.device, pool.dtype, stream=stream)
         blocks = list(source.spec.blocks_of(self.model))
         kept = 0 if self.streamed else kept_blocks(context, settings, self.model, blocks)
         if kept < len(blocks):  # the first ones: they are computed again when the last ones' memory is free

@@ -11,7 +11,7 @@ from qrealign.errors import CheckpointFormatError
 from qrealign.models import transfer
 from qrealign.models.source import open_model
 from qrealign.models.streaming import stream_blocks
-from qrealign.models.transfer import BlockLayout, BlockStream, HostBlocks, pinnable_blocks, read_blocks
+from qrealign.models.transfer import BlockLayout, BlockStream, HostBlocks, open_stream, read_blocks
 from tests.helpers import random_batch, tiny_adapter, tiny_checkpoint
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_blocks_read_ahead_are_those_of_the_files(adapted, dtype, ahead):
 
 @pytest.mark.parametrize("kept", [0, 2, BLOCKS])
 def test_a_stream_follows_the_walk_and_always_has_the_next_block(adapted, kept):
-    host = HostBlocks(adapted, torch.float32, CPU, kept=kept)
+    host = HostBlocks(adapted, torch.float32, CPU, kept=range(kept))
     stream = BlockStream(host, CPU)
     up, down = list(range(BLOCKS)), list(reversed(range(BLOCKS)))
     for index, following in pairwise((*up, *down, *up, *down, 0)):
@@ -77,7 +77,7 @@ def test_a_stream_holds_two_blocks_and_reads_each_once_where_they_stay(source, m
     read = []
     original = source.unmerged_block
     monkeypatch.setattr(source, "unmerged_block", lambda index, dtype: read.append(index) or original(index, dtype))
-    stream = BlockStream(HostBlocks(source, torch.float32, CPU, kept=BLOCKS), CPU)
+    stream = BlockStream(HostBlocks(source, torch.float32, CPU, kept=range(BLOCKS)), CPU)
     for _ in range(3):
         for index in range(BLOCKS):
             stream.acquire(index)
@@ -86,7 +86,7 @@ def test_a_stream_holds_two_blocks_and_reads_each_once_where_they_stay(source, m
 
 
 def test_blocks_that_do_not_stay_share_few_buffers(source):
-    host = HostBlocks(source, torch.float32, CPU, kept=1)
+    host = HostBlocks(source, torch.float32, CPU, kept=[0])
     stream = BlockStream(host, CPU)
     for _ in range(3):
         for index in range(BLOCKS):
@@ -99,7 +99,9 @@ def test_a_model_streamed_from_host_memory_computes_what_a_resident_one_does(ada
     input_ids, mask = random_batch(padding="right")
     model = adapted.skeleton()
     adapted.load_outer(model, "cpu")
-    with stream_blocks(model, adapted, CPU, host=HostBlocks(adapted, torch.float32, CPU, kept=2)), torch.no_grad():
+    one = adapted.block_layout(0, torch.float32).num_bytes
+    stream = open_stream(adapted, torch.float32, CPU, held_bytes=1.5 * one)
+    with stream_blocks(model, adapted, CPU, stream=stream), torch.no_grad():
         logits = model(input_ids=input_ids, attention_mask=mask).logits
     assert all(parameter.is_meta for parameter in model.model.layers.parameters())
     with torch.no_grad():
@@ -115,8 +117,27 @@ def test_what_a_reader_raises_reaches_the_caller(source, monkeypatch):
         list(read_blocks(source, CPU, torch.float32))
 
 
-def test_pinned_memory_is_a_share_of_what_is_available(source, monkeypatch):
+@pytest.mark.parametrize("held", [[], [1], [0, 2], [1, 3], [0, 1, 2, 3]])
+def test_blocks_that_stay_come_once_and_the_walk_goes_on_around_them(source, held, monkeypatch):
+    read = []
+    original = source.unmerged_block
+    monkeypatch.setattr(source, "unmerged_block", lambda index, dtype: read.append(index) or original(index, dtype))
+    stream = BlockStream(HostBlocks(source, torch.float32, CPU), CPU, held=held)
+    up, down = list(range(BLOCKS)), list(reversed(range(BLOCKS)))
+    for index in (*up, *down, *up, *down):
+        assert same_block(source, index, stream.acquire(index))
+    assert all(read.count(index) == 1 for index in held)
+    assert len(stream._slots) == min(2, BLOCKS - len(held))
+    stream.close()
+
+
+@pytest.mark.parametrize(
+    ("held", "available", "staying", "pinned"),
+    [(0, 0, set(), set()), (0, 2.5, set(), {0, 1}), (2.2, 99, {1, 3}, {0, 2}), (9, 99, {0, 1, 2, 3}, set())],
+)
+def test_what_stays_follows_from_the_memory(source, monkeypatch, held, available, staying, pinned):
     one = source.block_layout(0, torch.float32).num_bytes
-    for available, expected in ((0.0, 0), (2.5 * one, 2), (99.0 * one, BLOCKS)):
-        monkeypatch.setattr(transfer, "available_host_bytes", lambda n=available: n / transfer.PINNED_SHARE)
-        assert pinnable_blocks(source, torch.float32) == expected
+    monkeypatch.setattr(transfer, "available_host_bytes", lambda: available * one / transfer.PINNED_SHARE)
+    stream = open_stream(source, torch.float32, CPU, held_bytes=held * one)
+    assert set(stream._held) == staying and stream.host.kept == pinned
+    stream.close()
