@@ -205,7 +205,8 @@ class ModelPool:
         if scheme is not None:
             add_shells(model, source, scheme)
         if not self.fits(source):
-            logger.warning("%s does not fit into the free memory of %s: its blocks are streamed", name, self.device)
+            if self.memory == "auto":
+                logger.warning("%s does not fit into the free memory of %s: its blocks are streamed", name, self.device)
             stream = self.open_stream(source) if load is None else None
             stream_blocks(model, source, self.device, self.dtype, loader=load, stream=stream)
             return model
