@@ -2,8 +2,8 @@
 
     python -m benchmarks.decode --geometry llama-2-7b
 
-Needs no files: weights are random. One GPU; some minutes, most of them compiling. Every measured row replaces the one of
-the same settings in the results, and the tables of the documentation are written anew.
+Needs no files: weights are random. One GPU; some minutes, most of them compiling. Every measured row replaces the one
+of the same settings in the results, and the tables of the documentation are written anew.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where the rows are kept")
     parser.add_argument("--docs", type=Path, metavar="FILE", help=f"also write the tables of {DOCUMENT.name} there")
-    parser.add_argument("--only-report", action="store_true", help="measure nothing; tables and figures of what is there")
+    parser.add_argument(
+        "--only-report", action="store_true", help="measure nothing; tables and figures of what is there"
+    )
     options = parser.parse_args(arguments)
     try:
         if not options.only_report:

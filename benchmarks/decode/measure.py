@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,7 +38,11 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the results; bytes are of the device's allocator, `loading` counts the peak on the way there."""
+    """One line of the results; bytes are of the device's allocator.
+
+    `stored_bytes` are those of the tensors on disk, `loading_bytes` the most that was taken from the driver on the way,
+    `total_bytes` weights, cache and what a recorded step keeps, `peak_bytes` the most while prompts and steps ran.
+    """
 
     geometry: str
     weights: str
@@ -54,14 +60,12 @@ class Row:
     loading_bytes: int
     cache_bytes: int
     total_bytes: int
+    peak_bytes: int
 
 
 def load(geometry: Geometry, scheme: str | None, device: torch.device) -> tuple[PreTrainedModel, dict[str, int]]:
     """Return the model of a random checkpoint with what it takes: stored, in memory, and at most while loading."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    forget(device)
     source, before = random_source(geometry, scheme), allocated(device)
     if isinstance(source, PackedSource):
         model, stored = deploy_model(source, device, torch.bfloat16), source.packed_bytes
@@ -76,6 +80,7 @@ def measure(
 ) -> tuple[Row, StaticDecoder]:
     """Return the row of a loaded model under these settings, and the decoder that was timed."""
     device = model.device
+    forget(device)
     before = allocated(device)
     decoder = StaticDecoder(
         model, batch_size=settings.batch, max_length=settings.cache_tokens, compile_step=settings.compiled
@@ -90,7 +95,7 @@ def measure(
     seconds = time_calls(step, settings.steps, device)
     quantiles = statistics.quantiles(seconds, n=5)
     median = statistics.median(seconds)
-    cache = sum(tensor.nbytes for layer in decoder.cache.layers for tensor in (layer.keys, layer.values))
+    cache = sum(getattr(layer, name).nbytes for layer in decoder.cache.layers for name in ("keys", "values"))
     row = Row(
         geometry=geometry.folder,
         weights=scheme or "bf16",
@@ -108,6 +113,7 @@ def measure(
         loading_bytes=sizes["loading"],
         cache_bytes=cache,
         total_bytes=sizes["weights"] + allocated(device) - before,
+        peak_bytes=sizes["weights"] + torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0,
     )
     return row, decoder
 
@@ -116,20 +122,18 @@ def time_calls(call: Callable[[], object], count: int, device: torch.device) -> 
     """Return the seconds of `count` calls, each between two events of the GPU, after one call that is not counted."""
     call()
     if device.type != "cuda":
-        import time
-
         moments = [time.perf_counter()]
         for _ in range(count):
             call()
             moments.append(time.perf_counter())
-        return [after - before for before, after in zip(moments, moments[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(moments)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     events[0].record()
     for event in events[1:]:
         call()
         event.record()
     torch.cuda.synchronize(device)
-    return [before.elapsed_time(after) / 1000 for before, after in zip(events, events[1:], strict=False)]
+    return [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(events)]
 
 
 def profile_steps(decoder: StaticDecoder, token_ids: Tensor, steps: int = 8) -> dict[str, tuple[float, int]]:
@@ -146,6 +150,15 @@ def profile_steps(decoder: StaticDecoder, token_ids: Tensor, steps: int = 8) -> 
         if event.self_device_time_total
     }
     return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+
+def forget(device: torch.device) -> None:
+    """Let go of what an earlier measurement left: decoders that compiled code refers to, and cached memory."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def allocated(device: torch.device) -> int:

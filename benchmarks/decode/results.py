@@ -22,7 +22,10 @@ ROWS, TABLE = "decode.csv", "decode"
 _KEY = ("geometry", "weights", "batch", "compiled", "cache_tokens", "prompt_tokens", "device")
 _GEOMETRY = "llama-2-7b"
 _GB = 1e9
-_FIGURES = {"w4a16": ("decode_7b_w4a16_vs_bf16", "memory_7b_w4a16_gb"), "w8a8": ("decode_7b_w8a8_vs_bf16", "memory_7b_w8a8_gb")}
+_FIGURES = {
+    "w4a16": ("decode_7b_w4a16_vs_bf16", "memory_7b_w4a16_gb"),
+    "w8a8": ("decode_7b_w8a8_vs_bf16", "memory_7b_w8a8_gb"),
+}
 
 Cells = dict[str, str]
 
@@ -65,8 +68,8 @@ def publish(rows: Sequence[Cells], folder: Path, document: Path | None = None) -
 
 def decode_table(rows: Sequence[Cells]) -> str:
     """Return a line for each row, with its speed against the bf16 row of the same settings."""
-    header = ["geometry", "weights", "batch", "step", "prefill, tokens/s", "step, ms", "tokens/s", "× bf16"]
-    header += ["weights, GB", "with cache, GB", "peak while loading, GB"]
+    header = ["geometry", "weights", "batch", "step", "prefill, tokens/s", "step, ms", "tokens/s", "times bf16"]
+    header += ["weights, GB", "with cache, GB", "peak, GB", "peak while loading, GB"]
     lines = []
     for row in rows:
         base = _baseline(rows, row)
@@ -75,9 +78,9 @@ def decode_table(rows: Sequence[Cells]) -> str:
             [row["geometry"], row["weights"], row["batch"], "compiled" if row["compiled"] == "True" else "plain"]
             + [f"{float(row['prefill_tokens_per_s']):,.0f}", f"{float(row['step_ms']):.3f}"]
             + [f"{float(row['tokens_per_s']):,.0f}", ratio]
-            + [f"{int(row[name]) / _GB:.2f}" for name in ("weight_bytes", "total_bytes", "loading_bytes")]
+            + [f"{int(row[f'{name}_bytes']) / _GB:.2f}" for name in ("weight", "total", "peak", "loading")]
         )
-    return markdown_table(header, lines, "llrl" + "r" * 7)
+    return markdown_table(header, lines, "llrl" + "r" * 8)
 
 
 def headline(rows: Sequence[Cells]) -> tuple[dict[str, float], dict[str, str]] | None:
@@ -85,13 +88,15 @@ def headline(rows: Sequence[Cells]) -> tuple[dict[str, float], dict[str, str]] |
     values: dict[str, float] = {}
     stamp: dict[str, str] = {}
     for row in rows:
-        if (row["geometry"], row["batch"], row["compiled"]) != (_GEOMETRY, "1", "True") or row["weights"] not in _FIGURES:
+        if (row["geometry"], row["batch"], row["compiled"]) != (_GEOMETRY, "1", "True") or row[
+            "weights"
+        ] not in _FIGURES:
             continue
         base = _baseline(rows, row)
         speed, memory = _FIGURES[row["weights"]]
         if base is not None:
             values[speed] = round(float(base["step_ms"]) / float(row["step_ms"]), 3)
-        values[memory] = round(int(row["total_bytes"]) / _GB, 3)
+        values[memory] = round(int(row["peak_bytes"]) / _GB, 3)
         stamp = {name: row[name] for name in ("device", "torch", "triton", "commit", "date")}
     return (values, stamp) if values else None
 

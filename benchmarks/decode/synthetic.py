@@ -22,7 +22,7 @@ from qrealign.pack.format import INT_FORMAT, quantization_config, storage_format
 from qrealign.pack.schemes import parse_schemes
 from qrealign.pack.source import PackedSource
 
-_POOL = (1 << 24) + 1  # values that all tensors are cut from; odd, so that rows do not repeat
+_POOL = (1 << 24) + 1  # most values that tensors are cut from; odd, so that rows do not repeat
 _WEIGHT_STD = 0.02
 _CODE_STD = {4: 4.6, 8: 74.0}  # of codes spread evenly over their range
 _DTYPES = {"BF16": torch.bfloat16, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
@@ -46,8 +46,9 @@ class RandomFiles(WeightFiles):
             self.tensors[name] = TensorInfo(Path("random"), dtype, shape, 0, math.prod(shape) * _BYTES[dtype])
         self._shapes, self._scale = shapes, _WEIGHT_STD / _CODE_STD[num_bits]
         generator = torch.Generator().manual_seed(0)
-        self._normal = (torch.randn(_POOL, generator=generator) * _WEIGHT_STD).bfloat16()
-        self._bytes = torch.randint(-128, 128, (4 * _POOL,), dtype=torch.int8, generator=generator)
+        count = min(_POOL, max(math.prod(shape) for _, shape in stored.values()) | 1)
+        self._normal = (torch.randn(count, generator=generator) * _WEIGHT_STD).bfloat16()
+        self._bytes = torch.randint(-128, 128, (4 * count,), dtype=torch.int8, generator=generator)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return CPU tensors by name."""
@@ -76,7 +77,9 @@ def random_source(geometry: Geometry, scheme: str | None) -> ModelSource:
     if scheme is None:
         return ModelSource(Path("random"), config, RandomFiles(stored, {}), None)
     recipe = parse_scheme(scheme)
-    linears = {name.removesuffix(".weight"): shape for name, (_, shape) in stored.items() if name.endswith("proj.weight")}
+    linears = {
+        name.removesuffix(".weight"): shape for name, (_, shape) in stored.items() if name.endswith("proj.weight")
+    }
     packed = {name: entry for name, entry in stored.items() if name.removesuffix(".weight") not in linears}
     for name, shape in linears.items():
         packed |= {f"{name}.{suffix}": entry for suffix, entry in _packed_tensors(shape, recipe).items()}
@@ -112,11 +115,11 @@ def _packed_tensors(shape: tuple[int, ...], scheme: QuantScheme) -> Stored:
     groups = columns // args.group_size if args.group_size else 1
     if storage_format(scheme) == INT_FORMAT:
         return {"weight": ("I8", shape), "weight_scale": ("BF16", (rows, 1))}
-    words = {
+    words: Stored = {
         "weight_packed": ("I32", (rows, columns * args.num_bits // 32)),
         "weight_scale": ("BF16", (rows, groups)),
         "weight_shape": ("I64", (2,)),
     }
     if not args.symmetric:
         words["weight_zero_point"] = ("I32", (rows * args.num_bits // 32, groups))
-    return words  # type: ignore[return-value]
+    return words

@@ -93,7 +93,9 @@ def test_int8_activations_as_transformers_reads_them(tmp_path: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     input_ids, _ = random_batch()
     with torch.no_grad():
-        assert difference(qrealign.load_packed(folder, device="cpu")(input_ids).logits, theirs(input_ids).logits) < CODES
+        assert (
+            difference(qrealign.load_packed(folder, device="cpu")(input_ids).logits, theirs(input_ids).logits) < CODES
+        )
         dense = ModelPool(torch.device("cpu")).packed("it", open_packed(str(folder)))
         assert torch.equal(dense(input_ids).logits, theirs(input_ids).logits)
 
