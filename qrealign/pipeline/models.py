@@ -91,9 +91,10 @@ class ModelPool:
         A GPU multiplies packed weights faster than plain ones, and has room for larger models then. On a CPU, whose
         memory is seldom short, weights that were unpacked once are faster for batches of prompts.
         """
-        if name not in self._kept and self.device.type == "cuda":
-            self.release()
-            if source.packed_bytes <= RESIDENT_SHARE * free_bytes(self.device):
+        if name not in self._kept and self.multiplies_packed:
+            if not self._has_room(source.packed_bytes):
+                self.release()
+            if self._has_room(source.packed_bytes):
                 self._kept[name] = deploy_model(source, self.device, self.dtype)
 
         def load(model: PreTrainedModel, index: int) -> nn.Module:
@@ -101,13 +102,21 @@ class ModelPool:
 
         return self._get(name, source, load, lambda model: add_packed_shells(model, source))
 
+    @property
+    def multiplies_packed(self) -> bool:
+        """Whether packed checkpoints stay packed while they run."""
+        return self.device.type == "cuda"
+
     def resident_bytes(self, source: ModelSource) -> int:
         """Return the bytes of the whole model in the compute dtype."""
         return source.total_bytes * self.dtype.itemsize // source.storage_dtype.itemsize
 
     def fits(self, source: ModelSource) -> bool:
         """Return whether the whole model leaves room for activations in the memory that is free now."""
-        return self.resident_bytes(source) <= RESIDENT_SHARE * free_bytes(self.device)
+        return self._has_room(self.resident_bytes(source))
+
+    def _has_room(self, weight_bytes: int) -> bool:
+        return weight_bytes <= RESIDENT_SHARE * free_bytes(self.device)
 
     def release(self, *names: str) -> None:
         """Forget some models, all of them without names."""
