@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 
 MODE = os.environ.get("QREALIGN_BUILD", "auto")
 NAME = "qrealign_kernels._C"
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/fake_quant_weight.cpp", "csrc/cpu/pack.cpp", "csrc/cpu/per_token.cpp"]
+SOURCES = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
 
 
 class OptionalBuildExt(build_ext):
@@ -59,12 +59,13 @@ def extension() -> Extension:
         "-Wall",
         "-Wextra",
         "-Wno-psabi",
+        "-Wno-maybe-uninitialized",  # the AVX-512 header of GCC 12 sets registers to themselves
         "-pthread",
     ]
     return Extension(
         NAME,
         SOURCES,
-        depends=["csrc/common.h"],
+        depends=["csrc/common.h", "csrc/cpu/linear.h"],
         language="c++",
         extra_compile_args=flags,
         extra_link_args=["-pthread"],

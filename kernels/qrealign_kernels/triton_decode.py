@@ -47,16 +47,22 @@ def dot4(a, b, ASSEMBLE: tl.constexpr):
 
 
 @triton.jit
-def _token_scale(x_ptr, K, QMIN: tl.constexpr, QMAX: tl.constexpr, ZERO_SCALE: tl.constexpr, WIDTH: tl.constexpr,
-                 STEPS: tl.constexpr):  # fmt: skip
-    """Return the scale of the token at `x_ptr`, as `quantize_per_token_ref` defines it."""
-    b_largest = tl.zeros([WIDTH], tl.float32)
-    for step in tl.static_range(STEPS):
-        o_k = step * WIDTH + tl.arange(0, WIDTH)
-        b_x = tl.load(x_ptr + o_k, mask=o_k < K, other=0.0).to(tl.float32)
-        b_largest = tl.maximum(b_largest, tl.abs(b_x))
-    scale = tl.div_rn(tl.max(b_largest, axis=0), (QMAX - QMIN) * 0.5)
-    return tl.where(scale == 0.0, ZERO_SCALE, scale)
+def _x_scale(
+    x_ptr, x_scale_ptr, K, QUANTIZE: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
+    ZERO_SCALE: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Return the token's scale: found here as `quantize_per_token_ref` defines it, or read."""
+    if QUANTIZE:
+        b_largest = tl.zeros([WIDTH], tl.float32)
+        for step in tl.static_range(STEPS):
+            o_k = step * WIDTH + tl.arange(0, WIDTH)
+            b_x = tl.load(x_ptr + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+            b_largest = tl.maximum(b_largest, tl.abs(b_x))
+        scale = tl.div_rn(tl.max(b_largest, axis=0), (QMAX - QMIN) * 0.5)
+        scale = tl.where(scale == 0.0, ZERO_SCALE, scale)
+    else:
+        scale = tl.load(x_scale_ptr)
+    return scale
 
 
 @triton.jit
@@ -88,10 +94,7 @@ def _int8_gemv_fwd_kernel(
     STEPS: tl.constexpr = (KP + 16 * THREADS - 1) // (16 * THREADS)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     thread = tl.arange(0, THREADS)
-    if QUANTIZE:
-        x_scale = _token_scale(x_ptr, K, QMIN, QMAX, ZERO_SCALE, 16 * THREADS, STEPS)
-    else:
-        x_scale = tl.load(x_scale_ptr)
+    x_scale = _x_scale(x_ptr, x_scale_ptr, K, QUANTIZE, QMIN, QMAX, ZERO_SCALE, 16 * THREADS, STEPS)
     acc = tl.zeros([THREADS, BLOCK_N], tl.int32)
     for step in tl.static_range(STEPS):
         o_t = step * THREADS + thread  # runs of 16 columns
@@ -120,10 +123,7 @@ def _int4_gemv_fwd_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = n < N
     thread = tl.arange(0, THREADS)
-    if QUANTIZE:
-        x_scale = _token_scale(x_ptr, K, QMIN, QMAX, ZERO_SCALE, 32 * THREADS, STEPS)
-    else:
-        x_scale = tl.load(x_scale_ptr)
+    x_scale = _x_scale(x_ptr, x_scale_ptr, K, QUANTIZE, QMIN, QMAX, ZERO_SCALE, 32 * THREADS, STEPS)
     acc = tl.zeros([THREADS, BLOCK_N], tl.float32)
     for step in tl.static_range(STEPS):
         o_t = step * THREADS + thread  # runs of four words, 32 codes

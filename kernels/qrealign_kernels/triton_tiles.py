@@ -1,4 +1,4 @@
-"""Triton kernels of quantized products for many tokens: tiles on tensor cores, and the copies that a library multiplies.
+"""Triton kernels of quantized products for many tokens: tiles on tensor cores, and copies for a library.
 
 The weight is the left operand here too: on Hopper its tile may then come from registers, where 4-bit codes are
 unpacked, and the token side of a tile may be as narrow as eight.
@@ -19,7 +19,7 @@ _PLANE = tl.constexpr(PLANE)
 
 @triton.jit
 def _tile(pid, rows, columns, WIDTH: tl.constexpr):
-    """Return the tile of a program: WIDTH columns of tiles are walked row by row, so neighbours share what they read."""
+    """Return a program's tile: WIDTH columns of tiles are walked row by row, so neighbours share what they read."""
     strip = pid // (WIDTH * rows)
     width = tl.minimum(columns - strip * WIDTH, WIDTH)
     inside = pid % (WIDTH * rows)
