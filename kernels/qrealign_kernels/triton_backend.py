@@ -1,9 +1,14 @@
+<<<<<<< HEAD
 """The backend "triton": every op that has Triton kernels."""
+=======
+"""The backend of the Triton kernels: what each op runs on a GPU."""
+>>>>>>> k1
 
 from __future__ import annotations
 
 import dataclasses
 
+<<<<<<< HEAD
 from qrealign_kernels import triton_fake_quant, triton_linear
 
 BACKEND = dataclasses.replace(
@@ -12,4 +17,23 @@ BACKEND = dataclasses.replace(
     packed_linear=triton_linear.packed_linear,
     int8_matmul=triton_linear.int8_matmul,
     int8_matmul_dx=triton_linear.int8_matmul_dx,
+=======
+from qrealign_kernels import triton_activations, triton_weight, triton_weight_gradients
+from qrealign_kernels.interface import REFERENCE
+
+BACKEND = dataclasses.replace(
+    REFERENCE,
+    fake_quant_per_token=triton_activations.fake_quant_per_token,
+    quantize_per_token=triton_activations.quantize_per_token,
+    encode_weight=triton_weight.encode_weight,
+    fake_quant_edited_weight=triton_weight.fake_quant_edited_weight,
+    edited_weight_gradients=triton_weight_gradients.edited_weight_gradients,
+    reduced_weight_gradient=triton_weight_gradients.reduced_weight_gradient,
+    rms_norm_quantize=triton_activations.rms_norm_quantize,
+    rms_norm_fake_quant=triton_activations.rms_norm_fake_quant,
+    rms_norm_gradients=triton_activations.rms_norm_gradients,
+    silu_mul_quantize=triton_activations.silu_mul_quantize,
+    silu_mul_fake_quant=triton_activations.silu_mul_fake_quant,
+    silu_mul_gradients=triton_activations.silu_mul_gradients,
+>>>>>>> k1
 )
