@@ -1,24 +1,10 @@
-<<<<<<< HEAD
-"""The backend "triton": every op that has Triton kernels."""
-=======
 """The backend of the Triton kernels: what each op runs on a GPU."""
->>>>>>> k1
 
 from __future__ import annotations
 
 import dataclasses
 
-<<<<<<< HEAD
-from qrealign_kernels import triton_fake_quant, triton_linear
-
-BACKEND = dataclasses.replace(
-    triton_fake_quant.BACKEND,
-    repack_weight=triton_linear.repack_weight,
-    packed_linear=triton_linear.packed_linear,
-    int8_matmul=triton_linear.int8_matmul,
-    int8_matmul_dx=triton_linear.int8_matmul_dx,
-=======
-from qrealign_kernels import triton_activations, triton_weight, triton_weight_gradients
+from qrealign_kernels import triton_activations, triton_linear, triton_weight, triton_weight_gradients
 from qrealign_kernels.interface import REFERENCE
 
 BACKEND = dataclasses.replace(
@@ -35,5 +21,8 @@ BACKEND = dataclasses.replace(
     silu_mul_quantize=triton_activations.silu_mul_quantize,
     silu_mul_fake_quant=triton_activations.silu_mul_fake_quant,
     silu_mul_gradients=triton_activations.silu_mul_gradients,
->>>>>>> k1
+    repack_weight=triton_linear.repack_weight,
+    packed_linear=triton_linear.packed_linear,
+    int8_matmul=triton_linear.int8_matmul,
+    int8_matmul_dx=triton_linear.int8_matmul_dx,
 )
