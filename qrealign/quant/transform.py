@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qrealign.arch import BlockSpec, FoldSite, Heads, Part, SiteName
@@ -17,10 +19,51 @@ _MAX_SCALE = 1e2
 _MIN_STATISTIC = 1e-5
 
 
+@dataclass(frozen=True)
+class _Spread:
+    """Which learned value each row or column of a tensor takes.
+
+    `index` is `[rows]` int64; `ties`, `[size, most]`, holds the rows of each value, filled up with `rows`, or is None
+    where values and rows are one to one and in order.
+    """
+
+    index: Tensor
+    ties: Tensor | None
+
+    @classmethod
+    def of(cls, index: Tensor, size: int, device: torch.device) -> _Spread:
+        """Work out the ties of an index on the host and put both on `device`."""
+        if torch.equal(index, torch.arange(size)):
+            return cls(index.to(device), None)
+        counts = torch.bincount(index, minlength=size)
+        value, order = index.sort(stable=True)
+        ties = torch.full((size, int(counts.max())), len(index))
+        ties[value, torch.arange(len(index)) - (counts.cumsum(0) - counts)[value]] = order
+        return cls(index.to(device), ties.to(device))
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Return `values[index]`, with autograd."""
+        return values if self.ties is None else _SpreadFunction.apply(values, self.index, self.ties)
+
+
+class _SpreadFunction(torch.autograd.Function):
+    """`values[index]` whose backward adds up ties in a fixed order; torch's own sorts the index in every step."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor, ties: Tensor) -> Tensor:
+        ctx.save_for_backward(ties)
+        return values[index]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (ties,) = ctx.saved_tensors
+        return F.pad(grad, (0, 1))[ties].sum(dim=1), None, None
+
+
 class _Site(NamedTuple):
     """A fold site of one block, resolved.
 
-    `producer_index` maps rows of the producer's part to learned values, `consumer_index` maps the consumers' columns
+    `producer_spread` maps rows of the producer's part to learned values, `consumer_spread` maps the consumers' columns
     (for `q_to_k`: the rows of the key part) to them; a slice says which rows of a linear are meant.
     """
 
@@ -28,8 +71,8 @@ class _Site(NamedTuple):
     producer: str
     consumers: tuple[str, ...]
     size: int
-    producer_index: Tensor
-    consumer_index: Tensor
+    producer_spread: _Spread
+    consumer_spread: _Spread
     producer_rows: slice
     consumer_rows: slice
 
@@ -63,10 +106,7 @@ class EquivalentTransform(nn.Module):
         device = next((parameter.device for parameter in block.parameters()), torch.device("cpu"))
         for site in spec.sites:
             if site.name in sites and _has_modules(block, site):
-                resolved = _resolve(block, site, spec.heads)
-                self._sites[_unique_key(site.name, self._sites)] = resolved._replace(
-                    producer_index=resolved.producer_index.to(device), consumer_index=resolved.consumer_index.to(device)
-                )
+                self._sites[_unique_key(site.name, self._sites)] = _resolve(block, site, spec.heads, device)
         self.log_scale = nn.ParameterDict(
             {key: nn.Parameter(torch.zeros(site.size, device=device)) for key, site in self._sites.items()}
         )
@@ -103,7 +143,7 @@ class EquivalentTransform(nn.Module):
         self._clear()
         for key, site in self._sites.items():
             scale = self.log_scale[key].exp()
-            divisor, factor = scale[site.producer_index], scale[site.consumer_index]
+            divisor, factor = site.producer_spread(scale), site.consumer_spread(scale)
             if site.name == "q_to_k":
                 self._divide_rows(site.producer, site.producer_rows, divisor)
                 self._divide_rows(site.consumers[0], site.consumer_rows, 1 / factor)
@@ -187,7 +227,7 @@ def _unique_key(name: str, taken: Collection[str]) -> str:
     return name if count == 0 else f"{name}_{count + 1}"
 
 
-def _resolve(block: nn.Module, site: FoldSite, heads: Heads | None) -> _Site:
+def _resolve(block: nn.Module, site: FoldSite, heads: Heads | None, device: torch.device) -> _Site:
     """Work out how many values a site learns and which rows and columns they belong to."""
     assert heads is not None  # every row of the table with sites has them
     producer, consumer = block.get_submodule(site.producer), block.get_submodule(site.consumers[0])
@@ -205,8 +245,9 @@ def _resolve(block: nn.Module, site: FoldSite, heads: Heads | None) -> _Site:
     else:
         size = _weight(consumer).shape[1]
         producer_index = consumer_index = torch.arange(size)
+    producer_spread, consumer_spread = (_Spread.of(index, size, device) for index in (producer_index, consumer_index))
     return _Site(
-        site.name, site.producer, site.consumers, size, producer_index, consumer_index, producer_rows, consumer_rows
+        site.name, site.producer, site.consumers, size, producer_spread, consumer_spread, producer_rows, consumer_rows
     )
 
 
@@ -239,7 +280,7 @@ def _rows(part: Part | None, linear: nn.Module, heads: Heads) -> slice:
 
 def _reduce_max(channel: Tensor, site: _Site) -> Tensor:
     """Return the largest value among the consumer channels that share a learned value, `[size]`."""
-    index = site.consumer_index.to(channel.device)
+    index = site.consumer_spread.index.to(channel.device)
     return channel.new_zeros(site.size).scatter_reduce(0, index, channel, "amax").clamp(min=_MIN_STATISTIC)
 
 

@@ -193,7 +193,7 @@ def test_a_pool_that_multiplies_packed_weights_keeps_them_packed(
     model = pool.packed("it", source)
     assert count(model, JoinedLinears) == count(loaded, JoinedLinears) and pool.packed("it", source) is model
     pool.release()
-    monkeypatch.setattr(ModelPool, "_has_room", lambda self, size: False)
+    monkeypatch.setattr(ModelPool, "_holds", lambda self, size: False)
     assert count(pool.packed("it", source), JoinedLinears) == 0  # streamed block by block
 
 
