@@ -236,8 +236,9 @@ class ModelPool:
         if load is None:
             for _ in source.load_blocks(model, self.device, self.dtype):
                 pass
-        for index in range(source.num_blocks) if load is not None else ():
-            for layer in quantized_linears(load(model, index)).values():
-                layer.keep_dense(self.dtype)
+        else:
+            for index in range(source.num_blocks):
+                for layer in quantized_linears(load(model, index)).values():
+                    layer.keep_dense(self.dtype)
         self._kept[name] = model
         return model
