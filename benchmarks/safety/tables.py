@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.docs import put_table, split_document
 from benchmarks.safety.aggregate import SHARES, Comparison, Estimate, Failure, Result, Row
 from benchmarks.safety.plan import REFERENCES, Plan
-from qrealign.errors import ConfigError
 from qrealign.files import write_json, write_text
 
 COLUMNS = (
@@ -40,7 +40,7 @@ TITLES = {
     "seconds": "repair, s",
 }
 NAMES = {"base": "base model", "aligned": "aligned model", "finetuned": "fine-tuned model", "rtn": "`rtn` (plain PTQ)"}
-BEGIN, END = "<!-- safety table: begin -->", "<!-- safety table: end -->"
+DOCS_NAME = "safety table"
 LEGEND = (
     "Means over seeds. Brackets: 95 % interval over prompts (Wilson, a prompt's seeds counted as one cluster); "
     "± standard deviation between seeds. Harmful score and prefill attack: share of harmful prompts not properly "
@@ -206,27 +206,9 @@ def check_docs(path: Path) -> None:
     Raises:
         ConfigError: it cannot be read, or lacks the two markers in their order.
     """
-    _split_docs(path)
+    split_document(path, DOCS_NAME)
 
 
 def render_docs(path: Path, text: str) -> None:
-    """Put the tables between the two markers of a document.
-
-    Raises:
-        ConfigError: it cannot be read, or lacks the markers.
-    """
-    before, after = _split_docs(path)
-    write_text(path, f"{before}{BEGIN}\n\n{text}\n{END}{after}")
-
-
-def _split_docs(path: Path) -> tuple[str, str]:
-    """Return what stands before and after the markers."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--docs {path} cannot be read: {error.strerror}") from error
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ConfigError(f"--docs {path} needs the lines {BEGIN} and {END}: the tables go between them")
-    return before, after
+    """Put the tables between the two markers of a document; raises as `check_docs` does."""
+    put_table(path, DOCS_NAME, text)

@@ -1,6 +1,7 @@
 """Quantization ops of qrealign: each with its definition in PyTorch, Triton kernels for GPUs and C++ for CPUs."""
 
 from qrealign_kernels.backend import BackendUnavailableError, build_info, use_backend
+from qrealign_kernels.linear_ops import int8_matmul, int8_matmul_dx, packed_linear, repack_weight
 from qrealign_kernels.ops import (
     dequantize_weight,
     fake_quant_per_token,
@@ -12,17 +13,24 @@ from qrealign_kernels.ops import (
     unpack_codes,
     unpack_int4,
 )
+from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
 
 __all__ = [
     "BackendUnavailableError",
+    "PackedWeight",
+    "QuantizedActivations",
     "build_info",
     "dequantize_weight",
     "fake_quant_per_token",
     "fake_quant_weight",
+    "int8_matmul",
+    "int8_matmul_dx",
     "pack_codes",
     "pack_int4",
+    "packed_linear",
     "quantize_per_token",
     "quantize_weight",
+    "repack_weight",
     "unpack_codes",
     "unpack_int4",
     "use_backend",

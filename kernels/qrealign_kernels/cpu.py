@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qrealign_kernels import native
-from qrealign_kernels.interface import Backend
+from qrealign_kernels.interface import REFERENCE
 from qrealign_kernels.packing import packed_length
 from qrealign_kernels.reference import GradientSums
 
@@ -142,7 +143,8 @@ def unpack_codes(packed: Tensor, num_bits: int, shape: tuple[int, int], dim: int
     return codes
 
 
-BACKEND = Backend(
+BACKEND = dataclasses.replace(
+    REFERENCE,
     fake_quant_weight=fake_quant_weight,
     weight_gradient_sums=weight_gradient_sums,
     weight_gradient_rows=weight_gradient_rows,

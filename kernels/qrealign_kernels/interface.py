@@ -1,4 +1,7 @@
-"""What a backend offers: one function per op, on rows. `reference.py` and `packing.py` document each of them."""
+"""What a backend offers: one function per op, on rows.
+
+`reference.py`, `reference_linear.py` and `packing.py` document each of them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from qrealign_kernels import packing, reference
+from qrealign_kernels import packing, reference, reference_linear
+from qrealign_kernels.quantized import PackedWeight
 from qrealign_kernels.reference import GradientSums
 
 
@@ -25,6 +29,10 @@ class Backend:
     quantize_per_token: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     pack_codes: Callable[[Tensor, int, int], Tensor]
     unpack_codes: Callable[[Tensor, int, tuple[int, int], int], Tensor]
+    repack_weight: Callable[..., PackedWeight]
+    packed_linear: Callable[..., Tensor]
+    int8_matmul: Callable[..., Tensor]
+    int8_matmul_dx: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     keeps_fake: bool
 
 
@@ -36,5 +44,9 @@ REFERENCE = Backend(
     quantize_per_token=reference.quantize_per_token_rows,
     pack_codes=packing.pack_codes_ref,
     unpack_codes=packing.unpack_codes_ref,
+    repack_weight=reference_linear.repack_weight_ref,
+    packed_linear=reference_linear.packed_linear_ref,
+    int8_matmul=reference_linear.int8_matmul_ref,
+    int8_matmul_dx=reference_linear.int8_matmul_dx_ref,
     keeps_fake=True,
 )

@@ -1,4 +1,4 @@
-"""What the Triton kernels share on the host: availability and launch choices. Imports no triton."""
+"""What the Triton kernels share on the host: availability and tile widths. Imports no triton."""
 
 from __future__ import annotations
 
@@ -6,27 +6,14 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_TILE_ELEMENTS = 2048
-_ROWS_PER_PROGRAM = 32
 
-
-class Launch(NamedTuple):
-    """Tile of a program and its warps: `BLOCK_R` rows by `BLOCK_C` columns at a time."""
-
-    block_r: int
-    block_c: int
-    num_warps: int
-
-
-def launch_for(columns: int) -> Launch:
-    """Return the tile for rows of this width: short rows share a program, long ones are walked in steps."""
-    block_c = min(1 << (columns - 1).bit_length(), _TILE_ELEMENTS)
-    return Launch(min(_TILE_ELEMENTS // block_c, _ROWS_PER_PROGRAM), block_c, 8 if block_c == _TILE_ELEMENTS else 4)
+def tile_width(columns: int, largest: int) -> int:
+    """Return the columns of a tile: the power of two that holds a row, or the largest allowed."""
+    return min(1 << (columns - 1).bit_length(), largest)
 
 
 def interpreting() -> bool:

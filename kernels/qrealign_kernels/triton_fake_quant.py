@@ -16,10 +16,12 @@ from torch import Tensor
 
 from qrealign_kernels.interface import REFERENCE
 from qrealign_kernels.reference import MIN_SCALE, ZERO_SCALE_REPLACEMENT, GradientSums, code_range
-from qrealign_kernels.triton_common import launch_for, on_device_of
+from qrealign_kernels import launches
+from qrealign_kernels.triton_common import on_device_of, tile_width
 
 # A multiplication fused into the addition after it skips a rounding that the reference does, and changes codes.
 FP_FUSION = False
+_LARGEST_STEP = 2048
 _SCALE_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -213,6 +215,17 @@ def _quantize_per_token_fwd_kernel(
             tl.store(out_ptr + o_rc, b_y, mask=mask)
 
 
+def looped_columns(key: str) -> dict[str, int]:
+    """Return what a key of the table "looped_rows" stands for: the columns that a program takes at a time."""
+    return {"BLOCK_C": 32 if key == launches.DEFAULT else int(key)}
+
+
+def _looped_tile(columns: int, device: torch.device) -> launches.Choice:
+    """Return tile and warps for rows of this width: short rows share a program, long ones are walked in steps."""
+    width = tile_width(columns, _LARGEST_STEP)
+    return launches.choice("looped_rows", str(width), device) | {"BLOCK_C": width}
+
+
 def fake_quant_weight(
     rows: Tensor,
     low_share: Tensor | None,
@@ -228,9 +241,9 @@ def fake_quant_weight(
     fake = torch.empty_like(rows, dtype=torch.float32)
     block = torch.empty(7, count, 1, dtype=torch.float32, device=rows.device)
     qmin, qmax = code_range(num_bits)
-    launch = launch_for(columns)
+    tile = _looped_tile(columns, rows.device)
     with on_device_of(rows):
-        _fake_quant_weight_fwd_kernel[(triton.cdiv(count, launch.block_r),)](
+        _fake_quant_weight_fwd_kernel[(triton.cdiv(count, tile["BLOCK_R"]),)](
             rows,
             rows if low_share is None else low_share.contiguous(),
             rows if high_share is None else high_share.contiguous(),
@@ -245,10 +258,8 @@ def fake_quant_weight(
             SYMMETRIC=symmetric,
             SCALE_KIND=_SCALE_KINDS[scale_dtype],
             MIN_SCALE=MIN_SCALE,
-            BLOCK_R=launch.block_r,
-            BLOCK_C=launch.block_c,
-            num_warps=launch.num_warps,
             enable_fp_fusion=FP_FUSION,
+            **tile,
         )
     return fake, block
 
@@ -261,9 +272,9 @@ def weight_gradient_sums(
     count, columns = rows.shape
     sums = torch.empty(3, count, 1, dtype=torch.float32, device=rows.device)
     qmin, qmax = code_range(num_bits)
-    launch = launch_for(columns)
+    tile = _looped_tile(columns, rows.device)
     with on_device_of(rows):
-        _weight_gradient_sums_bwd_kernel[(triton.cdiv(count, launch.block_r),)](
+        _weight_gradient_sums_bwd_kernel[(triton.cdiv(count, tile["BLOCK_R"]),)](
             grad,
             rows,
             block.contiguous(),
@@ -273,10 +284,8 @@ def weight_gradient_sums(
             QMIN=qmin,
             QMAX=qmax,
             SYMMETRIC=symmetric,
-            BLOCK_R=launch.block_r,
-            BLOCK_C=launch.block_c,
-            num_warps=launch.num_warps,
             enable_fp_fusion=FP_FUSION,
+            **tile,
         )
     return GradientSums(*sums)
 
@@ -286,9 +295,9 @@ def weight_gradient_rows(grad: Tensor, rows: Tensor, block: Tensor, at_minimum: 
     grad, rows = grad.float().contiguous(), rows.contiguous()
     count, columns = rows.shape
     result = torch.empty_like(grad)
-    launch = launch_for(columns)
+    tile = _looped_tile(columns, rows.device)
     with on_device_of(rows):
-        _weight_gradient_rows_bwd_kernel[(triton.cdiv(count, launch.block_r),)](
+        _weight_gradient_rows_bwd_kernel[(triton.cdiv(count, tile["BLOCK_R"]),)](
             grad,
             rows,
             block.contiguous(),
@@ -297,10 +306,8 @@ def weight_gradient_rows(grad: Tensor, rows: Tensor, block: Tensor, at_minimum: 
             result,
             count,
             columns,
-            BLOCK_R=launch.block_r,
-            BLOCK_C=launch.block_c,
-            num_warps=launch.num_warps,
             enable_fp_fusion=FP_FUSION,
+            **tile,
         )
     return result
 
@@ -328,9 +335,9 @@ def _launch_per_token(x: Tensor, out: Tensor, scale: Tensor | None, num_bits: in
     if count == 0:
         return
     qmin, qmax = code_range(num_bits)
-    launch = launch_for(columns)
+    tile = _looped_tile(columns, x.device)
     with on_device_of(x):
-        _quantize_per_token_fwd_kernel[(triton.cdiv(count, launch.block_r),)](
+        _quantize_per_token_fwd_kernel[(triton.cdiv(count, tile["BLOCK_R"]),)](
             x,
             out,
             x if scale is None else scale,
@@ -340,10 +347,8 @@ def _launch_per_token(x: Tensor, out: Tensor, scale: Tensor | None, num_bits: in
             QMIN=qmin,
             QMAX=qmax,
             ZERO_SCALE=ZERO_SCALE_REPLACEMENT,
-            BLOCK_R=launch.block_r,
-            BLOCK_C=launch.block_c,
-            num_warps=launch.num_warps,
             enable_fp_fusion=FP_FUSION,
+            **tile,
         )
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from qrealign.config import QuantScheme
-from qrealign.models.checkpoint import WeightFiles, find_weight_files
+from qrealign.deploy.load import deploy_model
 from qrealign.models.device import RESIDENT_SHARE, compute_dtype, free_bytes
 from qrealign.models.device import choose_device as choose_device  # part of this module, for its callers
 from qrealign.models.placement import assign_tensors, move_buffers
 from qrealign.models.source import ModelSource
 from qrealign.models.streaming import stream_blocks
+from qrealign.pack.load import add_shells as add_packed_shells
 from qrealign.pack.load import fill_block
+from qrealign.pack.source import PackedSource
 from qrealign.quant.fake_quant import quantized_linears, replace_modules
 from qrealign.quant.packed import QuantizedLinear
 from qrealign_kernels import quantize_weight
@@ -82,16 +83,23 @@ class ModelPool:
         def load(model: PreTrainedModel, index: int) -> nn.Module:
             return round_block(model, source, index, self.device, self.dtype)
 
-        return self._get(name, source, load, scheme)
+        return self._get(name, source, load, lambda model: add_shells(model, source, scheme))
 
-    def packed(self, name: str, source: ModelSource, scheme: QuantScheme, directory: Path) -> PreTrainedModel:
-        """Return the packed checkpoint in `directory`, made from `source`, exactly as stored."""
-        tensors = WeightFiles(find_weight_files(directory))
+    def packed(self, name: str, source: PackedSource) -> PreTrainedModel:
+        """Return a packed checkpoint exactly as stored.
+
+        A GPU multiplies packed weights faster than plain ones, and has room for larger models then. On a CPU, whose
+        memory is seldom short, weights that were unpacked once are faster for batches of prompts.
+        """
+        if name not in self._kept and self.device.type == "cuda":
+            self.release()
+            if source.packed_bytes <= RESIDENT_SHARE * free_bytes(self.device):
+                self._kept[name] = deploy_model(source, self.device, self.dtype)
 
         def load(model: PreTrainedModel, index: int) -> nn.Module:
-            return fill_block(model, source, index, tensors, self.device, self.dtype)
+            return fill_block(model, source, index, source.files, self.device, self.dtype)
 
-        return self._get(name, source, load, scheme)
+        return self._get(name, source, load, lambda model: add_packed_shells(model, source))
 
     def resident_bytes(self, source: ModelSource) -> int:
         """Return the bytes of the whole model in the compute dtype."""
@@ -109,15 +117,21 @@ class ModelPool:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _get(self, name: str, source: ModelSource, load: Loader, scheme: QuantScheme | None = None) -> PreTrainedModel:
+    def _get(
+        self,
+        name: str,
+        source: ModelSource,
+        load: Loader,
+        swap: Callable[[PreTrainedModel], None] = lambda model: None,
+    ) -> PreTrainedModel:
+        """Return a model that is kept, or build it: `swap` replaces linears of its skeleton, `load` fills a block."""
         if name in self._kept:
             return self._kept[name]
         if not self.fits(source):
             self.release()
         model = source.skeleton(dtype=self.dtype)
         source.load_outer(model, self.device, self.dtype)
-        if scheme is not None:
-            add_shells(model, source, scheme)
+        swap(model)
         if not self.fits(source):
             logger.warning("%s does not fit into the free memory of %s: its blocks are streamed", name, self.device)
             stream_blocks(model, source, self.device, self.dtype, loader=load)

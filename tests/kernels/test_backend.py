@@ -136,9 +136,6 @@ def test_version_of_an_absent_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton_common.version() == "none"
 
 
-@pytest.mark.parametrize("columns", [1, 32, 128, 129, 2048, 28672])
-def test_launch_covers_a_row_with_a_bounded_tile(columns: int) -> None:
-    launch = triton_common.launch_for(columns)
-    assert launch.block_r * launch.block_c <= 2048
-    assert launch.block_c >= min(columns, 2048)
-    assert launch.block_c & (launch.block_c - 1) == 0
+@pytest.mark.parametrize(("columns", "width"), [(1, 1), (32, 32), (128, 128), (129, 256), (2048, 2048), (28672, 2048)])
+def test_a_tile_holds_a_row_or_is_the_largest(columns: int, width: int) -> None:
+    assert triton_common.tile_width(columns, 2048) == width

@@ -1,28 +1,65 @@
-"""Every Triton kernel compiles for the GPUs that users have, and fits their shared memory; no GPU is needed."""
+"""Every Triton kernel compiles for the GPUs that users have and fits them; no GPU is needed."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import dataclasses
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARED_BYTES = 99 * 1024  # what a program may use on compute capability 8.6 and 8.9
-CAPABILITIES = (80, 86, 89, 90)
-KERNELS = 4
+pytest.importorskip("triton")
+
+from benchmarks.fit.__main__ import problems, table
+from benchmarks.fit.cases import all_cases, builds
+from benchmarks.fit.compiling import TARGETS, Fit, compile_all
+
+NARROWEST = 89  # has the least shared memory and registers for its warps: every launch choice is compiled for it
+FIT = Fit("fake_quant_per_token_fwd", "default", "2048", 89, 8, 64, 1024, 0)
 
 
-def test_kernels_compile_and_fit(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    env = os.environ | {"PYTHONPATH": str(ROOT / "kernels"), "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    script = Path(__file__).with_name("compile_kernels.py")
-    command = [sys.executable, str(script), *map(str, CAPABILITIES)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len({(row["kernel"], row["capability"]) for row in rows}) == KERNELS * len(CAPABILITIES)
-    assert all(row["shared_bytes"] <= SHARED_BYTES for row in rows), rows
+def test_kernels_compile_and_fit(request: pytest.FixtureRequest) -> None:
+    """All choices for one target; for the others one choice a kernel, because each takes a second."""
+    jobs = []
+    for case in all_cases().values():
+        found = list(builds(case))
+        assert found, f"no launch table has a choice for {case.table}"
+        jobs += [(build.case, build.gpu_class, build.key, NARROWEST) for build in found]
+        jobs += [
+            (build.case, build.gpu_class, build.key, target)
+            for target in TARGETS
+            for build in found[-1:]
+            if target != NARROWEST
+        ]
+    rows = compile_all(jobs, cache=request.config.cache.mkdir("triton"))
+    assert len(rows) == len(jobs)
+    assert problems(rows) == []
+
+
+def test_a_failure_ends_the_compilation_with_its_words() -> None:
+    with pytest.raises(RuntimeError, match="no-such-key"):
+        compile_all([("fake_quant_per_token_fwd", "default", "no-such-key", 89)])
+
+
+def test_what_does_not_fit_is_named() -> None:
+    wrong = [dataclasses.replace(FIT, shared_bytes=99 * 1024 + 1), dataclasses.replace(FIT, spilled_bytes=8)]
+    assert [problem.rpartition(": ")[2] for problem in problems([FIT, *wrong])] == [
+        "101377 bytes of shared memory",
+        "8 bytes of spills a thread",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "occupancy"),
+    [
+        ({}, 32 / 48),  # registers: 4 programs of 8 warps
+        ({"registers": 32}, 1.0),
+        ({"shared_bytes": 60 * 1024}, 8 / 48),
+        ({"registers": 255, "num_warps": 4}, 8 / 48),
+    ],
+)
+def test_occupancy(change: dict[str, int], occupancy: float) -> None:
+    assert dataclasses.replace(FIT, **change).occupancy == pytest.approx(occupancy)
+
+
+def test_table_has_a_column_for_every_target() -> None:
+    text = table([dataclasses.replace(FIT, target=target) for target in TARGETS])
+    assert text.splitlines()[2].count("64 / 1.0 /") == len(TARGETS)

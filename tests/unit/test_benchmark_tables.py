@@ -8,16 +8,18 @@ import sys
 
 import pytest
 
+from benchmarks.docs import markers
 from benchmarks.safety.aggregate import Failure, Result, compare, comparisons_of, load_results, rows_of
 from benchmarks.safety.plan import Job
 from benchmarks.safety.plots import draw_plots
-from benchmarks.safety.tables import BEGIN, END, check_docs, markdown, render_docs, write_csv
+from benchmarks.safety.tables import DOCS_NAME, check_docs, markdown, render_docs, write_csv
 from qrealign.errors import ConfigError, DataError, QrealignError
 from qrealign.evaluate.statistics import mcnemar, minimum_detectable_difference, score, wilson
 from qrealign.files import write_json
 from qrealign.records import ModelScores
 from tests.bench_helpers import plan_of
 
+BEGIN, END = markers(DOCS_NAME)
 MACHINE = {"device": "a CPU", "torch": "2", "transformers": "5", "python": "3.12"}
 
 

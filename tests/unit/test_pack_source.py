@@ -29,7 +29,7 @@ def test_the_folder_alone_gives_the_packed_model(tmp_path, model_type, name):
     model, folder = packed(tmp_path, name, model_type)
     assert is_packed(folder) and not is_packed(tmp_path / "model")
     source = open_packed(str(folder))
-    loaded = ModelPool(torch.device("cpu")).packed("it", source, source.scheme, folder)
+    loaded = ModelPool(torch.device("cpu")).packed("it", source)
     input_ids = torch.randint(3, 259, (2, 12))
     with torch.no_grad():
         assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
@@ -56,7 +56,7 @@ def test_a_layer_left_in_floating_point_in_every_block_is_no_problem(tmp_path):
     _, folder = packed(tmp_path)
     rewrite(folder, lambda t: [dequantized(t, f"model.layers.{i}.mlp.down_proj") for i in (0, 1)])
     source = open_packed(str(folder))
-    loaded = ModelPool(torch.device("cpu")).packed("it", source, source.scheme, folder)
+    loaded = ModelPool(torch.device("cpu")).packed("it", source)
     assert type(loaded.model.layers[1].mlp.down_proj) is torch.nn.Linear
     assert type(loaded.model.layers[1].mlp.up_proj) is not torch.nn.Linear
     assert not any("down_proj" in name for name in source.linear_shapes())

@@ -1,0 +1,127 @@
+"""One run of `python -m qrealign.run` in a process of its own, with its stages measured.
+
+python -m benchmarks.calibration.worker RECORD.json [--profile] -- FLAGS OF qrealign.run
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.calibration.spans import Spans, instrument, observe
+from qrealign.files import write_json
+
+PROFILED_KERNELS = 25
+
+
+@dataclass
+class Steps:
+    """What the optimizer has done: when each step ended (host clock), and how many tokens were trained on."""
+
+    ends: list[float] = field(default_factory=list)
+    blocks: set[int] = field(default_factory=set)
+    count: int = 0
+    tokens: int = 0
+
+    def add_endtoend(self, calibrator: Any, *_: Any) -> None:
+        """Count a finished end-to-end calibration: the real tokens of every sample drawn."""
+        lengths = [len(sample.input_ids) for sample in calibrator.objective.samples]
+        self.count += len(calibrator.schedule)
+        self.tokens += sum(lengths[index] for batch in calibrator.schedule for index in batch)
+
+    def add_block(self, calibrator: Any, index: int, *_: Any) -> None:
+        """Count a finished block: the real tokens of the steps that it took."""
+        steps, mask = calibrator.steps_of(index), calibrator.inputs.mask
+        self.count += steps
+        self.tokens += round(steps * calibrator.settings.batch_size * float(mask.sum()) / len(mask))
+
+    def add_step(self, *_: Any) -> None:
+        """Note the end of a step."""
+        self.ends.append(time.perf_counter())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, measure and write the record; return the run's exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration.worker")
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--profile", action="store_true", help="list the kernels of the optimizer's steps")
+    parser.add_argument("flags", nargs="+", help="behind --: the flags of qrealign.run")
+    args = parser.parse_args(arguments)
+    from qrealign.run import main as run
+
+    spans, steps, kernels = Spans(), Steps(), list[dict[str, Any]]()
+    if args.profile:
+        _profile_steps(kernels)
+    observe("qrealign.calibrate.endtoend:EndToEndCalibrator.run", steps.add_endtoend)
+    observe("qrealign.calibrate.blockwise:BlockwiseCalibrator._train", steps.add_block)
+    observe("qrealign.calibrate.parameters:Trainable.step", steps.add_step)
+    instrument(spans)
+    with spans.watching():
+        status = run(args.flags)
+    rank = os.environ.get("RANK")
+    record = args.record if rank is None else args.record.with_suffix(f".{rank}.json")
+    write_json(
+        record,
+        {
+            "status": status,
+            "spans": {name: asdict(span) for name, span in spans.found.items()},
+            "steps": steps.count,
+            "tokens": steps.tokens,
+            "step_seconds": [round(b - a, 6) for a, b in zip(steps.ends, steps.ends[1:], strict=False)],
+            "pinned_host_bytes": _pinned_bytes(),
+            "kernels": kernels,
+        },
+    )
+    return status
+
+
+def _pinned_bytes() -> int:
+    """Return the most page-locked host memory that torch has held: the driver's mapping is in no resident count."""
+    if not torch.cuda.is_initialized():
+        return 0
+    return int(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0))
+
+
+def _profile_steps(kernels: list[dict[str, Any]]) -> None:
+    """Have the steps of either engine profiled, and `kernels` filled with the longest ones."""
+    from benchmarks.calibration import spans as tools
+
+    for target in tools.TARGETS:
+        if target.span == "steps":
+            owner, name, function = tools._find(target.place)
+
+            def wrapper(*args: Any, _function: Any = function, **kwargs: Any) -> Any:
+                with _profiled(kernels):
+                    return _function(*args, **kwargs)
+
+            setattr(owner, name, wrapper)
+
+
+@contextmanager
+def _profiled(kernels: list[dict[str, Any]]) -> Iterator[None]:
+    activity = torch.profiler.ProfilerActivity
+    chosen = activity.CUDA if torch.cuda.is_available() else activity.CPU
+    with torch.profiler.profile(activities=[chosen]) as profile:
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    rows = [
+        {"name": event.key, "calls": event.count, "seconds": (event.self_device_time_total or event.self_cpu_time_total) / 1e6}
+        for event in profile.key_averages()
+    ]
+    kernels[:] = sorted(rows, key=lambda row: -row["seconds"])[:PROFILED_KERNELS]
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a run that is stopped leaves what it measured
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Do the Triton kernels fit the GPUs that users have? Compiled for each of them without one."""
