@@ -1,4 +1,4 @@
-"""What a kernel needs to be compiled without data: one `Case` a kernel and variant, listed by the modules in `PARTS`."""
+"""What a kernel needs to be compiled without data: a `Case` a kernel and variant, listed by the modules in `PARTS`."""
 
 from __future__ import annotations
 

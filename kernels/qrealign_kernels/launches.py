@@ -7,7 +7,9 @@ no table. Nothing is read, and no device asked, before the first launch.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +20,8 @@ DEFAULT = "default"
 
 Choice = dict[str, int]
 Table = dict[str, dict[str, Choice]]
+
+_forced: dict[str, Choice] = {}
 
 
 @cache
@@ -41,6 +45,8 @@ def choice(kernel: str, key: str, device: torch.device | None = None) -> Choice:
     Raises:
         KeyError: no table knows the kernel; every kernel has a "default" entry in the class "default".
     """
+    if kernel in _forced:
+        return _forced[kernel]
     index = None if device is None or device.type != "cuda" else device.index
     if device is not None and device.type == "cuda" and index is None:
         index = torch.cuda.current_device()
@@ -49,3 +55,13 @@ def choice(kernel: str, key: str, device: torch.device | None = None) -> Choice:
         if (found := entries.get(key) or entries.get(DEFAULT)) is not None:
             return found
     raise KeyError(f"no launch table has a choice for {kernel}")
+
+
+@contextlib.contextmanager
+def forced(kernel: str, launch: Choice) -> Iterator[None]:
+    """Let every launch of `kernel` in the block use this choice: what a tuner tries. Not for concurrent threads."""
+    _forced[kernel] = launch
+    try:
+        yield
+    finally:
+        del _forced[kernel]

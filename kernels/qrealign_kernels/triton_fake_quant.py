@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qrealign_kernels import launches
 from qrealign_kernels.interface import REFERENCE
 from qrealign_kernels.reference import MIN_SCALE, ZERO_SCALE_REPLACEMENT, GradientSums, code_range
-from qrealign_kernels import launches
 from qrealign_kernels.triton_common import on_device_of, tile_width
 
 # A multiplication fused into the addition after it skips a rounding that the reference does, and changes codes.

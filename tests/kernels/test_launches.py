@@ -41,3 +41,10 @@ def test_unknown_gpus_and_the_cpu_use_the_safe_default(tables: None) -> None:
 def test_a_kernel_without_an_entry_is_an_error(tables: None) -> None:
     with pytest.raises(KeyError, match="no launch table has a choice for other"):
         launches.choice("other", "small")
+
+
+def test_a_forced_choice_ends_with_its_block(tables: None) -> None:
+    with pytest.raises(RuntimeError), launches.forced("product", {"BLOCK_M": 1}):
+        assert launches.choice("product", "small") == {"BLOCK_M": 1}
+        raise RuntimeError
+    assert launches.choice("product", "small") == {"BLOCK_M": 8}

@@ -1,0 +1,1 @@
+"""What `benchmarks.tune` can tune: a module a part, each with TUNABLES."""
