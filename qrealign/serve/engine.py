@@ -131,12 +131,15 @@ class Engine:
         self._refusal = self._refusal or Failure.STOPPED.value
 
     def stop(self) -> None:
-        """End every job that is left, and the thread."""
+        """End every job that is left, and the thread once its step is done."""
         self.drain()
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._thread.join()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the thread to end."""
+        self._thread.join(timeout)
 
     def _run(self, threads: int) -> None:
         torch.set_num_threads(threads)
