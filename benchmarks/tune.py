@@ -25,7 +25,7 @@ WORTH = 0.98  # of the time of the choice that stands: what a new one must stay 
 
 
 def compile_candidates(name: str, key: str, choices: Sequence[Choice]) -> None:
-    """Launch each candidate once, which leaves its machine code in Triton's cache; `tune` leaves out what cannot run."""
+    """Launch each candidate once, which leaves its machine code in Triton's cache; `tune` drops what cannot run."""
     tunable = all_tunables()[name]
     call = tunable.make_calls(*tunable.keys[key])[0]
     for choice in choices:

@@ -1,6 +1,14 @@
 """Quantization ops of qrealign: each with its definition in PyTorch, Triton kernels for GPUs and C++ for CPUs."""
 
 from qrealign_kernels.backend import BackendUnavailableError, build_info, use_backend
+from qrealign_kernels.calibration_ops import (
+    encode_weight,
+    reduced_weight_gradient,
+    rms_norm_fake_quant,
+    rms_norm_quantize,
+    silu_mul_fake_quant,
+    silu_mul_quantize,
+)
 from qrealign_kernels.linear_ops import int8_matmul, int8_matmul_dx, packed_linear, repack_weight
 from qrealign_kernels.ops import (
     dequantize_weight,
@@ -21,6 +29,7 @@ __all__ = [
     "QuantizedActivations",
     "build_info",
     "dequantize_weight",
+    "encode_weight",
     "fake_quant_per_token",
     "fake_quant_weight",
     "int8_matmul",
@@ -30,7 +39,12 @@ __all__ = [
     "packed_linear",
     "quantize_per_token",
     "quantize_weight",
+    "reduced_weight_gradient",
     "repack_weight",
+    "rms_norm_fake_quant",
+    "rms_norm_quantize",
+    "silu_mul_fake_quant",
+    "silu_mul_quantize",
     "unpack_codes",
     "unpack_int4",
     "use_backend",

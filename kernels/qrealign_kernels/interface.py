@@ -1,6 +1,6 @@
 """What a backend offers: one function per op, on rows.
 
-`reference.py`, `reference_linear.py` and `packing.py` document each of them.
+`reference.py`, `reference_calibration.py`, `reference_linear.py` and `packing.py` document each of them.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from qrealign_kernels import packing, reference, reference_linear
+from qrealign_kernels import packing, reference, reference_calibration, reference_linear
 from qrealign_kernels.quantized import PackedWeight
 from qrealign_kernels.reference import GradientSums
+from qrealign_kernels.reference_calibration import WeightGradients
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
     """The functions that the public ops call; a backend replaces those of the reference that it does faster.
 
-    `keeps_fake`: the backward wants the forward's result instead of recomputing it.
+    `keeps_fake`: the backward wants the forward's result instead of recomputing it. `fake_quant_edited_weight` and
+    `edited_weight_gradients` are None where a weight is transformed and edited in plain PyTorch before it is rounded.
     """
 
     fake_quant_weight: Callable[..., tuple[Tensor, Tensor]]
@@ -33,6 +35,16 @@ class Backend:
     packed_linear: Callable[..., Tensor]
     int8_matmul: Callable[..., Tensor]
     int8_matmul_dx: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    encode_weight: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+    fake_quant_edited_weight: Callable[..., Tensor] | None
+    edited_weight_gradients: Callable[..., WeightGradients] | None
+    reduced_weight_gradient: Callable[..., WeightGradients]
+    rms_norm_quantize: Callable[..., tuple[Tensor, Tensor]]
+    rms_norm_fake_quant: Callable[..., Tensor]
+    rms_norm_gradients: Callable[..., tuple[Tensor, Tensor]]
+    silu_mul_quantize: Callable[..., tuple[Tensor, Tensor]]
+    silu_mul_fake_quant: Callable[..., Tensor]
+    silu_mul_gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     keeps_fake: bool
 
 
@@ -48,5 +60,15 @@ REFERENCE = Backend(
     packed_linear=reference_linear.packed_linear_ref,
     int8_matmul=reference_linear.int8_matmul_ref,
     int8_matmul_dx=reference_linear.int8_matmul_dx_ref,
+    encode_weight=reference_calibration.encode_weight_ref,
+    fake_quant_edited_weight=None,
+    edited_weight_gradients=None,
+    reduced_weight_gradient=reference_calibration.reduced_weight_gradient_ref,
+    rms_norm_quantize=reference_calibration.rms_norm_quantize_ref,
+    rms_norm_fake_quant=reference_calibration.rms_norm_fake_quant_ref,
+    rms_norm_gradients=reference_calibration.rms_norm_gradients,
+    silu_mul_quantize=reference_calibration.silu_mul_quantize_ref,
+    silu_mul_fake_quant=reference_calibration.silu_mul_fake_quant_ref,
+    silu_mul_gradients=reference_calibration.silu_mul_gradients,
     keeps_fake=True,
 )

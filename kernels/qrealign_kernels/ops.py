@@ -7,8 +7,10 @@ from torch import Tensor
 
 from qrealign_kernels import reference
 from qrealign_kernels.autograd import FakeQuantPerTokenFunction, FakeQuantWeightFunction
+from qrealign_kernels.autograd_calibration import EditedFakeQuantFunction
 from qrealign_kernels.backend import backend_for
 from qrealign_kernels.packing import PACKABLE_BITS, packed_length
+from qrealign_kernels.reference_calibration import WeightTransform, transformed_weight
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -22,12 +24,21 @@ def fake_quant_weight(
     group_size: int | None = None,
     symmetric: bool = True,
     scale_dtype: torch.dtype = torch.bfloat16,
+    column_scale: Tensor | None = None,
+    row_divisor: Tensor | None = None,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Round a weight to its learned grid and back: equal to `dequantize_weight(*quantize_weight(...))`.
 
-    Gradients reach the weight straight through where it is not clipped, and the logits. Without logits the weight's
-    gradient is the incoming one; with them the group extremes also receive the gradient of the bounds they define. The
-    full definition stands at `reference.fake_quant_weight_ref`.
+    Before that it is transformed and edited where asked: `weight * column_scale / row_divisor + left @ right`. The
+    definition of this is `reference_calibration.fake_quant_edited_weight_ref`; on GPUs `encode_weight` says how exact
+    an edit is.
+
+    Gradients reach the weight straight through where it is not clipped, what transforms and edits it, and the logits.
+    Without logits the (edited) weight's gradient is the incoming one; with them the group extremes also receive the
+    gradient of the bounds they define. The full definition stands at `reference.fake_quant_weight_ref`.
 
     Args:
         weight: `[N, K]` floating point, any device.
@@ -38,20 +49,41 @@ def fake_quant_weight(
         group_size: columns that share a scale, a divisor of K; None for the whole row.
         symmetric: no zero point if true.
         scale_dtype: dtype that must hold the scale exactly: float32, float16 or bfloat16.
+        column_scale: `[K]` floating point, or None.
+        row_divisor: `[N]` floating point, or None.
+        left: `[N, r]` floating point, or None; comes with `right`.
+        right: `[r, K]` floating point, or None.
+        out_dtype: float32, float16 or bfloat16: of the result, and of the gradient that comes back.
 
     Returns:
-        `[N, K]` float32.
+        `[N, K]` in `out_dtype`.
 
     Raises:
         ValueError: a shape, the group size or the number of bits does not fit.
         TypeError: a dtype is not of the ones named.
         BackendUnavailableError: the backend chosen by name cannot take this tensor.
     """
-    _check_weight(weight, low_logit, high_logit, num_bits, group_size, scale_dtype)
-    fake: Tensor = FakeQuantWeightFunction.apply(
-        weight, low_logit, high_logit, num_bits, group_size, symmetric, scale_dtype, backend_for(weight)
+    check_weight(weight, low_logit, high_logit, num_bits, group_size, scale_dtype)
+    transform = check_transform(weight, column_scale, row_divisor, left, right)
+    if out_dtype not in SCALE_DTYPES:
+        raise TypeError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}")
+    backend = backend_for(weight)
+    fake: Tensor
+    if backend.fake_quant_edited_weight is not None:
+        grid = {"num_bits": num_bits, "group_size": group_size, "symmetric": symmetric, "scale_dtype": scale_dtype}
+        fake = EditedFakeQuantFunction.apply(weight, low_logit, high_logit, *transform, grid, out_dtype, backend)
+        return fake
+    fake = FakeQuantWeightFunction.apply(
+        transformed_weight(weight, transform),
+        low_logit,
+        high_logit,
+        num_bits,
+        group_size,
+        symmetric,
+        scale_dtype,
+        backend,
     )
-    return fake
+    return fake.to(out_dtype)
 
 
 def quantize_weight(
@@ -73,7 +105,7 @@ def quantize_weight(
         `[N, K]` int8 codes, `[N, G]` float32 scales that `scale_dtype` holds exactly, and `[N, G]` int8 zero points, or
         None if symmetric.
     """
-    _check_weight(weight, low_logit, high_logit, num_bits, group_size, scale_dtype)
+    check_weight(weight, low_logit, high_logit, num_bits, group_size, scale_dtype)
     return reference.quantize_weight_ref(
         weight,
         low_logit,
@@ -130,7 +162,7 @@ def quantize_per_token(x: Tensor, *, num_bits: int = 8) -> tuple[Tensor, Tensor]
         TypeError: x is not floating point.
         BackendUnavailableError: the backend chosen by name cannot take this tensor.
     """
-    _check_activation(x, num_bits)
+    check_activation(x, num_bits)
     with torch.no_grad():
         return backend_for(x).quantize_per_token(x, num_bits)
 
@@ -143,7 +175,7 @@ def fake_quant_per_token(x: Tensor, *, num_bits: int = 8) -> Tensor:
     Returns:
         `[..., K]` in x's dtype.
     """
-    _check_activation(x, num_bits)
+    check_activation(x, num_bits)
     fake: Tensor = FakeQuantPerTokenFunction.apply(x, num_bits, backend_for(x))
     return fake
 
@@ -209,7 +241,7 @@ def unpack_int4(packed: Tensor, shape: tuple[int, int], dim: int = 1) -> Tensor:
     return unpack_codes(packed, 4, shape, dim)
 
 
-def _check_weight(
+def check_weight(
     weight: Tensor,
     low_logit: Tensor | None,
     high_logit: Tensor | None,
@@ -217,6 +249,7 @@ def _check_weight(
     group_size: int | None,
     scale_dtype: torch.dtype,
 ) -> None:
+    """Raise ValueError or TypeError where a weight and its grid do not fit."""
     _check_bits(num_bits)
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"weight must be [N, K] and not empty, got {tuple(weight.shape)}")
@@ -235,7 +268,36 @@ def _check_weight(
             )
 
 
-def _check_activation(x: Tensor, num_bits: int) -> None:
+def check_transform(
+    weight: Tensor,
+    column_scale: Tensor | None,
+    row_divisor: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+) -> WeightTransform:
+    """Return what changes a weight, or raise ValueError or TypeError where it does not fit."""
+    rows, columns = weight.shape
+    if (left is None) != (right is None):
+        raise ValueError("left and right come together, got one of them")
+    rank = -1 if left is None else left.shape[-1]
+    shapes = {
+        "column_scale": (column_scale, (columns,)),
+        "row_divisor": (row_divisor, (rows,)),
+        "left": (left, (rows, rank)),
+        "right": (right, (rank, columns)),
+    }
+    for name, (tensor, expected) in shapes.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != expected or tensor.numel() == 0:
+            raise ValueError(f"{name} must be {expected} for weight {(rows, columns)}, got {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    return WeightTransform(column_scale, row_divisor, left, right)
+
+
+def check_activation(x: Tensor, num_bits: int) -> None:
+    """Raise ValueError or TypeError where tokens cannot be quantized."""
     _check_bits(num_bits)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must be [..., K] with K > 0, got {tuple(x.shape)}")

@@ -1,0 +1,87 @@
+"""Autograd of the ops that join rounding with what stands before it: explicit backward passes, nothing extra kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qrealign_kernels.interface import Backend
+from qrealign_kernels.reference_calibration import WeightTransform
+
+
+class EditedFakeQuantFunction(torch.autograd.Function):
+    """`fake_quant_edited_weight_ref` by a backend that fuses it: the backward recomputes all from the arguments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        low_logit: Tensor | None,
+        high_logit: Tensor | None,
+        column_scale: Tensor | None,
+        row_divisor: Tensor | None,
+        left: Tensor | None,
+        right: Tensor | None,
+        grid: dict[str, Any],
+        out_dtype: torch.dtype,
+        backend: Backend,
+    ) -> Tensor:
+        assert backend.fake_quant_edited_weight is not None
+        ctx.save_for_backward(weight, low_logit, high_logit, column_scale, row_divisor, left, right)
+        ctx.grid, ctx.backend = grid, backend
+        transform = WeightTransform(column_scale, row_divisor, left, right)
+        return backend.fake_quant_edited_weight(
+            weight, low_logit, high_logit, transform=transform, out_dtype=out_dtype, **grid
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, low_logit, high_logit, *transform = ctx.saved_tensors
+        gradients = ctx.backend.edited_weight_gradients(
+            grad,
+            weight,
+            low_logit,
+            high_logit,
+            transform=WeightTransform(*transform),
+            wanted=ctx.needs_input_grad[:7],
+            **ctx.grid,
+        )
+        return (*gradients, None, None, None)
+
+
+class RmsNormFakeQuantFunction(torch.autograd.Function):
+    """`rms_norm_fake_quant_ref`, keeping its input alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, num_bits: int, backend: Backend
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.offset, ctx.backend = eps, offset, backend
+        return backend.rms_norm_fake_quant(x, weight, eps, offset=offset, num_bits=num_bits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight = ctx.backend.rms_norm_gradients(grad, x, weight, ctx.eps, offset=ctx.offset)
+        return grad_x, grad_weight, None, None, None, None
+
+
+class SiluMulFakeQuantFunction(torch.autograd.Function):
+    """`silu_mul_fake_quant_ref`, keeping its inputs alone."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, num_bits: int, backend: Backend) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.backend = backend
+        return backend.silu_mul_fake_quant(gate, up, num_bits=num_bits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.backend.silu_mul_gradients(grad, *ctx.saved_tensors), None, None
