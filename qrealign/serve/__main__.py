@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qrealign.errors import ConfigError, DataError, ModelError, QrealignError
-from qrealign.serve.options import parse_options
+from qrealign.serve.options import ServeOptions, parse_options
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 _EXTRA = {"fastapi", "uvicorn", "prometheus_client", "pydantic", "starlette"}
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _import_serve():  # type: ignore[no-untyped-def]
+def _import_serve() -> Callable[[ServeOptions, Callable[[str], None]], None]:
     """Return the function that serves.
 
     Raises:

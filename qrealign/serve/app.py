@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -92,7 +93,7 @@ class Server:
     async def health(self) -> Response:
         """Tell whether requests are taken: 200, or 503 while the server shuts down or when its device is lost."""
         load, refusal = self.engine.load(), self.engine.refusal
-        body = Health(status=refusal or "ok", model=self.served.name, **vars(load))
+        body = Health(status=refusal or "ok", model=self.served.name, **load._asdict())
         return JSONResponse(body.model_dump(), 503 if refusal else 200)
 
     async def prometheus(self) -> Response:
@@ -167,7 +168,9 @@ class Server:
             # The first pieces come before the response begins, so that what goes wrong until then gets its own status.
             first = await anext(batches)
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            stream = _stream(exchange, first, batches, form, partial(_usage, read, exchange.jobs) if with_usage else None)
+            stream = _stream(
+                exchange, first, batches, form, partial(_usage, read, exchange.jobs) if with_usage else None
+            )
             return StreamingResponse(stream, media_type="text/event-stream")
         try:
             answers = [Whole() for _ in exchange.jobs]
@@ -190,8 +193,8 @@ class Server:
         if room < (wanted or 1):
             raise ApiError(
                 400,
-                f"the prompt of {len(prompt)} tokens and an answer of {wanted or 1} are longer than the {self._max_length} "
-                "tokens that this server holds",
+                f"the prompt of {len(prompt)} tokens and an answer of {wanted or 1} are longer than the "
+                f"{self._max_length} tokens that this server holds",
                 param=param,
                 code="context_length_exceeded",
             )
@@ -209,7 +212,9 @@ class Server:
                 prompt = list(self.served.encoder.tokenizer(prompt, verbose=False).input_ids)
             elif max(prompt) >= self.served.vocabulary:
                 raise ApiError(
-                    400, f"token id {max(prompt)} is not below the vocabulary of {self.served.vocabulary}", param="prompt"
+                    400,
+                    f"token id {max(prompt)} is not below the vocabulary of {self.served.vocabulary}",
+                    param="prompt",
                 )
             result.append(prompt)
         return result
@@ -220,7 +225,10 @@ class Server:
     def _check_model(self, name: str) -> None:
         if name != self.served.name:
             raise ApiError(
-                404, f"model {name!r} is not served here, {self.served.name!r} is", param="model", code="model_not_found"
+                404,
+                f"model {name!r} is not served here, {self.served.name!r} is",
+                param="model",
+                code="model_not_found",
             )
 
     def _card(self) -> ServedModelCard:
@@ -298,7 +306,7 @@ async def _stream(
             yield _event(form.usage(usage()))
         yield "data: [DONE]\n\n"
     except ApiError as error:
-        yield f"data: {JSONResponse(error.body()).body.decode()}\n\n"
+        yield f"data: {json.dumps(error.body())}\n\n"
     finally:
         exchange.close()
 

@@ -7,12 +7,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from qrealign.errors import QrealignError
-from qrealign.serve.jobs import Failure, Job, Piece
+from qrealign.serve.jobs import Failure, Finish, Job, Piece
 from qrealign.serve.metrics import ServerMetrics
 from qrealign.serve.runner import Runner
 from qrealign.serve.sampling import Choice, choose
@@ -38,8 +38,7 @@ class UnavailableError(QrealignError):
     """The engine takes no jobs: it is shutting down, or its device is lost."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Load:
+class Load(NamedTuple):
     """How busy the engine is: sequences in slots, sequences waiting, slots."""
 
     running: int
@@ -245,7 +244,7 @@ class Engine:
         elif piece.text or piece.tokens:
             self._pieces.append((job, piece))
 
-    def _finish(self, job: Job, piece: Piece, finish: str) -> None:
+    def _finish(self, job: Job, piece: Piece, finish: Finish) -> None:
         self._leave(job, Piece(text=piece.text, tokens=piece.tokens, finish=finish))
 
     def _leave(self, job: Job, piece: Piece) -> None:
@@ -261,7 +260,7 @@ class Engine:
         self._close(job, piece)
 
     def _close(self, job: Job, piece: Piece) -> None:
-        self._metrics.ended(piece.finish or piece.failure.name.lower() if piece.failure else str(piece.finish))
+        self._metrics.ended(piece.failure.name.lower() if piece.failure else str(piece.finish))
         self._pieces.append((job, piece))
 
     def _move(self, source: int, target: int) -> None:

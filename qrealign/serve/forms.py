@@ -6,11 +6,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from qrealign.serve.jobs import Piece, TokenScore
+from qrealign.serve.jobs import Finish, Piece, TokenScore
 from qrealign.serve.replies import (
     Alternative,
     ChatChoice,
@@ -37,7 +37,7 @@ class Whole:
 
     text: str = ""
     tokens: list[TokenScore] = field(default_factory=list)
-    finish: Literal["stop", "length"] = "stop"
+    finish: Finish = "stop"
 
     def add(self, piece: Piece) -> None:
         """Append a piece."""
@@ -69,7 +69,11 @@ class Form(Protocol):
 
 class _Form:
     def __init__(self, model: str, token_text: TokenText, *, logprobs: bool) -> None:
-        self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._head: dict[str, Any] = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
         self._token_text = token_text
         self._logprobs = logprobs
 
@@ -105,9 +109,7 @@ class TextForm(_Form):
         """Return the part of a stream that tells the usage."""
         return Completion(**self._head, choices=[], usage=usage)
 
-    def _choice(
-        self, index: int, text: str, tokens: Sequence[TokenScore], finish: Literal["stop", "length"] | None
-    ) -> TextChoice:
+    def _choice(self, index: int, text: str, tokens: Sequence[TokenScore], finish: Finish | None) -> TextChoice:
         logprobs = self._text_logprobs(tokens) if self._logprobs else None
         return TextChoice(index=index, text=text, logprobs=logprobs, finish_reason=finish)
 
@@ -156,9 +158,7 @@ class ChatForm(_Form):
         """Return the part of a stream that tells the usage."""
         return ChatChunk(**self._head, choices=[], usage=usage)
 
-    def _chunk(
-        self, index: int, delta: Delta, tokens: Sequence[TokenScore], finish: Literal["stop", "length"] | None
-    ) -> ChatChunk:
+    def _chunk(self, index: int, delta: Delta, tokens: Sequence[TokenScore], finish: Finish | None) -> ChatChunk:
         logprobs = self._chat_logprobs(tokens) if tokens else None
         choice = ChatDelta(index=index, delta=delta, logprobs=logprobs, finish_reason=finish)
         return ChatChunk(**self._head, choices=[choice], usage=None)

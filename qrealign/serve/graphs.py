@@ -16,8 +16,8 @@ _SHORTEST = 256  # cells
 class DecodeGraphs:
     """Captures the step once for each shape it meets and replays it from then on.
 
-    Rows and cells are rounded up to powers of two, so the shapes are few; a row that only fills up the shape writes into
-    the spare cell of its slot.
+    Rows and cells are rounded up to powers of two, so the shapes are few; a row that only fills up the shape writes
+    into the spare cell of its slot.
 
     Args:
         step: device work alone, without a synchronisation.

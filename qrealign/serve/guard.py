@@ -19,7 +19,9 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/", "/health"})  # without a key: a page that asks for it, and what a load balancer asks
-_DISCARDED = 8  # times the limit: so much of a body that is too large is still taken, so that the client reads the answer
+_DISCARDED = (
+    8  # times the limit: so much of a body that is too large is still taken, so that the client reads the answer
+)
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -92,11 +94,15 @@ class Guard:
         """
         headers = {name.decode("latin-1").lower(): value for name, value in scope["headers"]}
         if self._hosts is not None and _host_name(headers.get("host", b"")) not in self._hosts:
-            raise ApiError(400, "the Host header names no host of this server: see --allowed-hosts", code="unknown_host")
+            raise ApiError(
+                400, "the Host header names no host of this server: see --allowed-hosts", code="unknown_host"
+            )
         if self._key is not None and scope["path"] not in OPEN_PATHS:
             scheme, _, token = headers.get("authorization", b"").partition(b" ")
             if not hmac.compare_digest(token.strip(), self._key) or scheme.lower() != b"bearer":
-                raise ApiError(401, "the API key is missing or wrong: send it as a bearer token", code="invalid_api_key")
+                raise ApiError(
+                    401, "the API key is missing or wrong: send it as a bearer token", code="invalid_api_key"
+                )
         kind = headers.get("content-type", b"").partition(b";")[0].strip().lower()
         # A web page elsewhere can post plain text here without being asked; JSON it cannot.
         if scope["method"] == "POST" and kind != b"application/json":

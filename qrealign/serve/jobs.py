@@ -6,9 +6,12 @@ import enum
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from qrealign.serve.sampling import Choice, SamplingSettings
 from qrealign.serve.text import Decode, StopFinder, TextStream
+
+Finish = Literal["stop", "length"]
 
 
 class Failure(enum.Enum):
@@ -22,7 +25,7 @@ class Failure(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScore:
-    """A token of an answer with its log-probability and the likeliest alternatives; `offset` is where its text begins."""
+    """A token of an answer, its log-probability, the likeliest alternatives, and where in the text it begins."""
 
     token_id: int
     logprob: float
@@ -43,7 +46,7 @@ class Piece:
 
     text: str = ""
     tokens: tuple[TokenScore, ...] = ()
-    finish: str | None = None
+    finish: Finish | None = None
     failure: Failure | None = None
 
     @property

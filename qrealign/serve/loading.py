@@ -11,13 +11,13 @@ import torch
 
 from qrealign.data.encode import ChatEncoder
 from qrealign.data.generate import find_stop_ids
+from qrealign.deploy.load import deploy_model
 from qrealign.errors import ConfigError, ModelError
 from qrealign.files import read_json
 from qrealign.models.device import compute_dtype
 from qrealign.models.location import find_folder
 from qrealign.models.source import open_model
-from qrealign.pack.source import is_packed, open_packed
-from qrealign.pipeline.models import ModelPool
+from qrealign.pack.source import PackedSource, is_packed, open_packed
 from qrealign.serve.replies import Verdict
 
 if TYPE_CHECKING:
@@ -71,18 +71,14 @@ def load_served(
     """
     folder = find_folder(path_or_id, "model")
     chosen = compute_dtype(device) if dtype is None else getattr(torch, dtype)
-    if is_packed(folder):
-        packed = open_packed(str(folder))
-        source, scheme = packed, packed.scheme.name
-    else:
-        source, scheme = open_model(str(folder)), str(chosen).removeprefix("torch.")
+    source = open_packed(str(folder)) if is_packed(folder) else open_model(str(folder))
     length = _slot_length(source.config, max_length)
     encoder = ChatEncoder(source.tokenizer(), max_length=length)
-    pool = ModelPool(device)
-    pool.dtype = chosen
-    model = (
-        pool.packed("model", source, packed.scheme, folder) if is_packed(folder) else pool.full_precision("model", source)
-    )
+    if isinstance(source, PackedSource):
+        scheme = " + ".join(sorted({scheme.name for scheme in source.schemes.values()}))
+        model = deploy_model(source, device, chosen)
+    else:
+        scheme, model = str(chosen).removeprefix("torch."), source.load_model(device, chosen)
     return ServedModel(
         name=name or (folder.parent.name if folder.name == "model" and folder.parent.name else folder.name),
         model=model,

@@ -25,7 +25,9 @@ class ServerMetrics:
     def __init__(self, model: str) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        Gauge("qrealign_model_info", "The model that is served.", ["model"], registry=self.registry).labels(model).set(1)
+        Gauge("qrealign_model_info", "The model that is served.", ["model"], registry=self.registry).labels(model).set(
+            1
+        )
         self._requests = Counter(
             "qrealign_http_requests", "HTTP requests by path and status.", ["path", "status"], registry=self.registry
         )
@@ -38,9 +40,7 @@ class ServerMetrics:
         )
         self._prompt_tokens = Counter("qrealign_prompt_tokens", "Prompt tokens read.", registry=self.registry)
         self._tokens = Counter("qrealign_generated_tokens", "Tokens generated.", registry=self.registry)
-        self._answers = Counter(
-            "qrealign_answers", "Answers by how they ended.", ["ended"], registry=self.registry
-        )
+        self._answers = Counter("qrealign_answers", "Answers by how they ended.", ["ended"], registry=self.registry)
         self._first_token = Histogram(
             "qrealign_first_token_seconds",
             "From the queueing of a request to its first token.",
@@ -69,7 +69,7 @@ class ServerMetrics:
         self._prompt_tokens.inc(tokens)
 
     def generated(self, since_queued: float | None, since_last: float) -> None:
-        """Count a token: an answer's first one with the seconds since it was queued, others with those since the last."""
+        """Count a token: the first of an answer by the seconds since it was queued, others by those since the last."""
         self._tokens.inc()
         if since_queued is None:
             self._next_token.observe(since_last)

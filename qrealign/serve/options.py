@@ -95,20 +95,30 @@ def build_parser() -> argparse.ArgumentParser:
         "--api-key", metavar="KEY", help=f"required of every request; better in {KEY_VARIABLE}, which ps does not show"
     )
     group.add_argument(
-        "--allowed-hosts", nargs="+", metavar="NAME", help="Host headers answered (default: loopback names there, else all)"
+        "--allowed-hosts",
+        nargs="+",
+        metavar="NAME",
+        help="Host headers answered (default: loopback names there, else all)",
     )
     group = parser.add_argument_group("model")
     group.add_argument("--device", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
     group.add_argument("--dtype", choices=DTYPES, metavar="NAME", help=f"{', '.join(DTYPES)} (default: the device's)")
-    group.add_argument("--max-slots", type=int, metavar="N", help="sequences at once (default: 32, fewer if memory is short)")
     group.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens of a prompt and its answer (default: the model's, up to 4096)"
+        "--max-slots", type=int, metavar="N", help="sequences at once (default: 32, fewer if memory is short)"
+    )
+    group.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="tokens of a prompt and its answer (default: the model's, up to 4096)",
     )
     group.add_argument(
         "--cuda-graphs", action=argparse.BooleanOptionalAction, help="replay decode steps on a GPU (default: yes)"
     )
     group = parser.add_argument_group("limits")
-    group.add_argument("--max-queue", type=int, metavar="N", help=f"waiting sequences (default: {default['max_queue']})")
+    group.add_argument(
+        "--max-queue", type=int, metavar="N", help=f"waiting sequences (default: {default['max_queue']})"
+    )
     group.add_argument("--max-body-bytes", type=int, metavar="N", help=f"default: {default['max_body_bytes']}")
     group.add_argument(
         "--body-timeout", type=float, metavar="S", help=f"to receive a body (default: {default['body_timeout']:g})"

@@ -12,9 +12,7 @@ from qrealign.report.theme import STYLE
 def build_page() -> tuple[str, str]:
     """Return the page and the Content-Security-Policy that it is sent with: its own script, its own server, no more."""
     folder = resources.files("qrealign.serve") / "page"
-    script, style, body = (
-        (folder / name).read_text(encoding="utf-8") for name in ("page.js", "page.css", "page.html")
-    )
+    script, style, body = ((folder / name).read_text(encoding="utf-8") for name in ("page.js", "page.css", "page.html"))
     page = body.replace("{{style}}", STYLE + style).replace("{{script}}", script)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (

@@ -1,4 +1,4 @@
-"""The OpenAI protocol: what a request may say. What a server of this protocol may leave out is refused, not passed over."""
+"""The OpenAI protocol: what a request may say. What is not implemented is refused, not passed over."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StreamOptions(_Strict):
 
 
 class _Generation(_Strict):
-    """Fields that both kinds of request have. Those that the server does not implement are taken at their neutral value."""
+    """Fields that both kinds of request have; what is not implemented is taken at its neutral value."""
 
     model: str
     max_tokens: int | None = Field(default=None, ge=1)

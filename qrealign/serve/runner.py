@@ -47,7 +47,9 @@ class Runner:
         self._masks = MaskMaker(config, next(model.parameters()).dtype)
         self._last_only = last_logits_only(model)
         self._pad = config.pad_token_id or 0
-        self._graphs = DecodeGraphs(self._decode, slots, self.device) if cuda_graphs and self.device.type == "cuda" else None
+        self._graphs = (
+            DecodeGraphs(self._decode, slots, self.device) if cuda_graphs and self.device.type == "cuda" else None
+        )
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[int], chunks: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
@@ -87,7 +89,7 @@ class Runner:
         return self._decode(ids, places, length)
 
     def check(self) -> None:
-        """Run two prompts side by side and compare with the model alone: a model that needs more than a mask is refused.
+        """Run two prompts side by side and compare with each alone: a model that needs more than a mask is refused.
 
         Raises:
             UnsupportedArchitectureError: the answers differ.
@@ -107,8 +109,8 @@ class Runner:
             alone = self._alone([*prompt, prompt[0]])
             if torch.nn.functional.cosine_similarity(logits.float(), alone.float(), dim=-1) < _LEAST_LIKENESS:
                 raise UnsupportedArchitectureError(
-                    f"model type {self.model.config.model_type!r} answers otherwise in a batch than alone, so the server "
-                    "cannot batch it: serve it with another server"
+                    f"model type {self.model.config.model_type!r} answers otherwise in a batch than alone, so "
+                    "the server cannot batch it: serve it with another server"
                 )
 
     @torch.no_grad()

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from qrealign.data.generate import draw_tokens
 
-
 _COLDEST = 1e-3  # temperatures below take the likeliest token: logits divided by less would overflow
 
 

@@ -138,8 +138,8 @@ def _greeting(served: ServedModel, runner: Runner, options: ServeOptions, listen
     host, port = (f"[{options.host}]" if ":" in options.host else options.host), listener.getsockname()[1]
     verdict = served.verdict
     lines = [
-        f"serving {served.name} ({served.scheme}, {runner.slots} slots of {runner.max_length} tokens, {runner.device}) at "
-        f"http://{host}:{port}/",
+        f"serving {served.name} ({served.scheme}, {runner.slots} slots of {runner.max_length} tokens, {runner.device}) "
+        f"at http://{host}:{port}/",
         "report: none beside the folder, so nothing is known of the model's safety"
         if verdict is None
         else f"report: {'passed' if verdict.passed else 'NOT PASSED'}, {verdict.headline}",

@@ -49,7 +49,7 @@ class SlotLayer(CacheLayerMixin):
         self.place: Place | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the buffer. Zeros, because a masked cell is still multiplied by a weight of 0, and 0 times NaN is NaN."""
+        """Allocate the buffer, as zeros: a masked cell still counts with a weight of 0, and 0 times NaN is NaN."""
         slots, cells = self._shape
         self.keys, self.values = (
             states.new_zeros(slots, states.shape[1], cells, states.shape[3]) for states in (key_states, value_states)
@@ -142,12 +142,12 @@ class MaskMaker:
         self._kinds: Sequence[str] = sorted(set(kinds or [_FULL if self._window is None else _SLIDING]))
         if unknown := set(self._kinds) - {_FULL, _SLIDING}:
             raise UnsupportedArchitectureError(
-                f"model type {config.model_type!r} has layers of the kind {', '.join(sorted(unknown))}, which the server "
-                "cannot batch: serve it with another server"
+                f"model type {config.model_type!r} has layers of the kind {', '.join(sorted(unknown))}, which "
+                "the server cannot batch: serve it with another server"
             )
 
     def make(self, positions: Tensor, length: int) -> Tensor | dict[str, Tensor]:
-        """Return `[B, 1, Q, length]` for queries at `positions` `[B, Q]`, one for each kind of layer where kinds differ."""
+        """Return `[B, 1, Q, length]` for queries at `positions` `[B, Q]`, by kind of layer where the kinds differ."""
         columns = torch.arange(length, device=positions.device)
         own = positions[:, None, :, None]  # [B, 1, Q, 1]
         seen = columns <= own
