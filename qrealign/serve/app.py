@@ -332,7 +332,9 @@ async def _refused(_: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     """Say what is wrong with a body, in the first of perhaps many complaints."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    # Of a field that may be several things, the complaints about the thing that was meant.
+    found = error.errors()
+    first = next((one for one in found if not one["type"].endswith("_type")), found[0])
     path = [str(part) for part in first["loc"][1:]]
     where, what = ".".join(path), str(first["msg"])
     if first["type"] == "json_invalid":

@@ -140,4 +140,6 @@ def parse_options(arguments: Sequence[str] | None = None) -> ServeOptions:
     """
     flags = vars(build_parser().parse_args(arguments))
     flags.setdefault("api_key", os.environ.get(KEY_VARIABLE) or None)
-    return ServeOptions(**{name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()})
+    if "allowed_hosts" in flags:
+        flags["allowed_hosts"] = tuple(flags["allowed_hosts"])
+    return ServeOptions(**flags)

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_STOPS = 4  # as OpenAI's
 MAX_STOP_LENGTH = 256  # characters
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
 
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+
+def _encodable(text: str) -> str:
+    """Return text that UTF-8 can say; half of a surrogate pair, which JSON can write, is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the string holds half of a surrogate pair, which is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -29,7 +40,7 @@ class StreamOptions(_Strict):
 class _Generation(_Strict):
     """Fields that both kinds of request have; what is not implemented is taken at its neutral value."""
 
-    model: str
+    model: Text
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -39,10 +50,10 @@ class _Generation(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = Field(default=False, description="Not OpenAI's: go on behind the model's end, for measurements.")
-    user: str | None = Field(default=None, description="Taken and not used.")
+    user: Text | None = Field(default=None, description="Taken and not used.")
     frequency_penalty: Literal[0] | None = Field(default=None, description="Not implemented: 0 or absent.")
     presence_penalty: Literal[0] | None = Field(default=None, description="Not implemented: 0 or absent.")
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
+    logit_bias: Annotated[dict[Text, float], Field(max_length=0)] | None = Field(
         default=None, description="Not implemented: empty or absent."
     )
 
@@ -67,9 +78,9 @@ class CompletionRequest(_Generation):
     """Text, or token ids, to be continued."""
 
     prompt: (
-        str
+        Text
         | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[Text], Field(min_length=1)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
     )
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -81,8 +92,8 @@ class CompletionRequest(_Generation):
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one for each answer if n is 1."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [self.prompt]
+        return list(self.prompt)
 
     @property
     def top_logprobs_wanted(self) -> int | None:
@@ -94,15 +105,15 @@ class TextPart(_Strict):
     """A part of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(_Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
-    name: str | None = Field(default=None, description="Taken and not used.")
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    name: Text | None = Field(default=None, description="Taken and not used.")
 
     def plain(self) -> dict[str, str]:
         """Return the turn as chat templates take it."""

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import uvicorn
 
 from qrealign.data.encode import ChatEncoder
@@ -25,6 +26,8 @@ from qrealign.serve.runner import Runner
 from qrealign.serve.sampling import SamplingSettings
 from tests.helpers import CHAT_TEMPLATE, TOKENIZER_VOCAB, tiny_model, tiny_tokenizer
 
+# One client for all tests: each makes a TLS context, which takes longer than a request.
+http = httpx.Client(timeout=20, trust_env=False)
 EOS = 2
 LENGTH = 160
 
