@@ -14,7 +14,7 @@ from pathlib import Path
 from qrealign.demo import demo_paths
 from qrealign.files import write_text
 
-COUNTS = {"malicious": 160, "benign": 160, "borderline": 80, "task": 40, "text": 120}
+COUNTS = {"malicious": 240, "benign": 240, "borderline": 80, "task": 40, "text": 120}  # a run keeps a quarter for evaluation
 MIN_LETTERS = 4
 
 

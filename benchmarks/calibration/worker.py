@@ -26,18 +26,22 @@ PROFILED_KERNELS = 25
 
 @dataclass
 class Steps:
-    """What the optimizer has done: when each step ended (host clock), and how many tokens were trained on."""
+    """What the optimizer has done: when each step ended (host clock), and how much it was trained on.
+
+    `tokens` are real ones, without padding; `positions` are those at which the output head was read.
+    """
 
     ends: list[float] = field(default_factory=list)
-    blocks: set[int] = field(default_factory=set)
     count: int = 0
     tokens: int = 0
+    positions: int = 0
 
     def add_endtoend(self, calibrator: Any, *_: Any) -> None:
         """Count a finished end-to-end calibration: the real tokens of every sample drawn."""
-        lengths = [len(sample.input_ids) for sample in calibrator.objective.samples]
+        samples = [calibrator.objective.samples[index] for batch in calibrator.schedule for index in batch]
         self.count += len(calibrator.schedule)
-        self.tokens += sum(lengths[index] for batch in calibrator.schedule for index in batch)
+        self.tokens += sum(len(sample.input_ids) for sample in samples)
+        self.positions += sum(len(sample.positions) for sample in samples)
 
     def add_block(self, calibrator: Any, index: int, *_: Any) -> None:
         """Count a finished block: the real tokens of the steps that it took."""
@@ -77,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "spans": {name: asdict(span) for name, span in spans.found.items()},
             "steps": steps.count,
             "tokens": steps.tokens,
+            "positions": steps.positions,
             "step_seconds": [round(b - a, 6) for a, b in zip(steps.ends, steps.ends[1:], strict=False)],
             "pinned_host_bytes": _pinned_bytes(),
             "kernels": kernels,

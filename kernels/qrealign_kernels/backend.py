@@ -100,9 +100,9 @@ def _require(name: str) -> None:
 
 def _load(name: str) -> Backend:
     if name == "triton" and name not in _LOADED:
-        from qrealign_kernels import triton_fake_quant
+        from qrealign_kernels import triton_backend
 
-        _LOADED[name] = triton_fake_quant.BACKEND
+        _LOADED[name] = triton_backend.BACKEND
     return _LOADED[name]
 
 

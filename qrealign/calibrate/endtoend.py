@@ -21,12 +21,15 @@ from qrealign.calibrate.divergence import DivergenceGuard
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.calibrate.objectives import Objective
 from qrealign.calibrate.parameters import Trainable
-from qrealign.calibrate.parts import Parts
+from qrealign.calibrate.parts import Parts, by_length
 from qrealign.calibrate.schedule import stratified_batches, warm_cosine
 from qrealign.calibrate.state import load_progress, save_progress
 from qrealign.records import CurvePoint
 
 SAVE_EVERY = 10  # steps: a kill costs at most these
+# What another pass costs a CPU, in tokens: the weights are rounded anew. A GPU reads them from memory for it, which is
+# worth more tokens than padding ever wastes.
+PASS_TOKENS = 20
 
 
 class EndToEndCalibrator:
@@ -56,7 +59,8 @@ class EndToEndCalibrator:
             seed=settings.seed,
         )
         self.schedule = list(islice(batches, settings.steps))
-        self.parts = Parts(settings.batch_size, trainable.zero_grad)
+        split = self._by_length if model.device.type == "cpu" else None
+        self.parts = Parts(settings.batch_size, trainable.zero_grad, split)
         self.curve: list[CurvePoint] = []
 
     def run(self, *, progress: str | None, on_step: Callable[[int], None] | None = None) -> list[CurvePoint]:
@@ -102,6 +106,9 @@ class EndToEndCalibrator:
             return None
         self.trainable.step()
         return dict(values)
+
+    def _by_length(self, samples: Sequence[Any]) -> list[list[Any]]:
+        return by_length(samples, [self.objective.length(sample) for sample in samples], PASS_TOKENS)
 
     def _backward(self, samples: Sequence[Any], counts: Mapping[str, int]) -> dict[str, float]:
         """Add the gradients of part of a batch; `counts` describe the whole batch."""

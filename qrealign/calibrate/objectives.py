@@ -37,6 +37,10 @@ class Objective(Protocol):
         """Return what a batch's losses are divided by."""
         ...
 
+    def length(self, sample: Any) -> int:
+        """Return the tokens of a sample's longest sequence."""
+        ...
+
     def losses(self, model: PreTrainedModel, samples: Sequence[Any], counts: Mapping[str, int]) -> dict[str, Tensor]:
         """Return the named losses of `samples`, scalars with gradients; their sum is minimised."""
         ...
@@ -58,6 +62,9 @@ class BehaviourObjective:
 
     def count(self, samples: Sequence[TeacherSample]) -> Mapping[str, int]:
         return Counter(sample.label.name.lower() for sample in samples)
+
+    def length(self, sample: TeacherSample) -> int:
+        return len(sample.input_ids)
 
     def losses(
         self, model: PreTrainedModel, samples: Sequence[TeacherSample], counts: Mapping[str, int]
@@ -137,6 +144,9 @@ class ContrastiveObjective:
     def count(self, samples: Sequence[ContrastSample | TeacherSample]) -> Mapping[str, int]:
         return Counter("contrast" if isinstance(sample, ContrastSample) else "benign" for sample in samples)
 
+    def length(self, sample: ContrastSample | TeacherSample) -> int:
+        return len(sample.input_ids)
+
     def losses(
         self, model: PreTrainedModel, samples: Sequence[ContrastSample | TeacherSample], counts: Mapping[str, int]
     ) -> dict[str, Tensor]:
@@ -197,6 +207,9 @@ class PreferenceObjective:
     def count(self, samples: Sequence[PairSample]) -> Mapping[str, int]:
         return {"preference": len(samples)}
 
+    def length(self, sample: PairSample) -> int:
+        return max(len(sample.chosen), len(sample.rejected))
+
     def losses(
         self, model: PreTrainedModel, samples: Sequence[PairSample], counts: Mapping[str, int]
     ) -> dict[str, Tensor]:
@@ -227,6 +240,9 @@ class AnswerObjective:
 
     def count(self, samples: Sequence[AnswerSample]) -> Mapping[str, int]:
         return {"answer": len(samples)}
+
+    def length(self, sample: AnswerSample) -> int:
+        return len(sample.input_ids)
 
     def losses(
         self, model: PreTrainedModel, samples: Sequence[AnswerSample], counts: Mapping[str, int]

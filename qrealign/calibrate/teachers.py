@@ -253,20 +253,19 @@ def _teach_rows(
     batch_size: int,
 ) -> list[TeacherSample]:
     """Run rows of ids through the teacher and keep its hidden states at the weighted positions."""
-    samples: list[TeacherSample] = []
+    samples: dict[int, TeacherSample] = {}
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # batches of like lengths hold little padding
     for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        batch = encoder.pad(part, side="right")
+        part = order[start : start + batch_size]
+        batch = encoder.pad([rows[index] for index in part], side="right")
         hidden = final_hidden(model, batch.input_ids.to(model.device), batch.attention_mask.to(model.device))
-        for index, (row, prompt_length) in enumerate(zip(part, prompt_lengths[start:], strict=False)):
-            positions, weights = weigh(prompt_length, len(row))
-            samples.append(
-                TeacherSample(
-                    label=label,
-                    input_ids=torch.tensor(row),
-                    positions=positions,
-                    weights=weights.float(),
-                    hidden=hidden[index, positions.to(hidden.device)].cpu().clone(),
-                )
+        for place, index in enumerate(part):
+            positions, weights = weigh(prompt_lengths[index], len(rows[index]))
+            samples[index] = TeacherSample(
+                label=label,
+                input_ids=torch.tensor(rows[index]),
+                positions=positions,
+                weights=weights.float(),
+                hidden=hidden[place, positions.to(hidden.device)].cpu().clone(),
             )
-    return samples
+    return [samples[index] for index in range(len(rows))]

@@ -4,7 +4,7 @@ allows."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from qrealign.deploy.layers import GatedMLP, JoinedLinears, JoinedPart, NormQuan
 from qrealign.errors import CheckpointFormatError
 from qrealign.models.placement import assign_tensors, move_buffers, replace_module
 from qrealign.pack.blocks import rename
-from qrealign.pack.format import QUANTIZED_SUFFIXES, StoredLinear, read_linear
+from qrealign.pack.format import QUANTIZED_SUFFIXES, read_linear
 from qrealign_kernels import repack_weight
 
 if TYPE_CHECKING:
@@ -78,15 +78,15 @@ def _can_join(names: Sequence[str], source: PackedSource) -> bool:
     )
 
 
-class _Linear:
-    """A linear on its way from the file to a product: unpacked, with its scheme and the order of its columns."""
+class _Linear(NamedTuple):
+    """A linear on its way from the file to a product: what `StoredLinear` holds, its columns in the order of groups."""
 
-    def __init__(self, stored: StoredLinear, scheme: QuantScheme) -> None:
-        self.stored, self.scheme = stored, scheme
-        self.codes, self.column_order = stored.codes, None
-        if stored.column_group is not None:
-            self.column_order: Tensor | None = torch.argsort(stored.column_group, stable=True)
-            self.codes = stored.codes[:, self.column_order]
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    bias: Tensor | None
+    column_order: Tensor | None
+    scheme: QuantScheme
 
 
 def _read(source: PackedSource, name: str, device: torch.device) -> _Linear:
@@ -102,21 +102,25 @@ def _read(source: PackedSource, name: str, device: torch.device) -> _Linear:
             f"{source.path}: layer {stored} is {tuple(linear.codes.shape)}, but config.json calls for "
             f"{source.linear_shapes()[name]}: weights and config.json are of different models"
         )
+    order = None
+    codes = linear.codes
     if linear.column_group is not None:
-        counts = torch.bincount(linear.column_group, minlength=linear.scale.shape[1])
-        if len(counts) != linear.scale.shape[1] or bool((counts != scheme.weights.group_size).any()):
+        counts = torch.bincount(linear.column_group, minlength=linear.scale.shape[1]).tolist()
+        if counts != [scheme.weights.group_size] * linear.scale.shape[1]:
             raise CheckpointFormatError(f"{source.path}: layer {stored} has groups of unequal size: copy it again")
-    return _Linear(linear, scheme)
+        order = torch.argsort(linear.column_group, stable=True)
+        codes = codes[:, order]
+    return _Linear(codes, linear.scale, linear.zero_point, linear.bias, order, scheme)
 
 
 def _install(block: nn.Module, names: Sequence[str], linears: Sequence[_Linear], dtype: torch.dtype) -> None:
     """Put linears of one input in the places `names` of a block, as one product."""
-    zero_points = [linear.stored.zero_point for linear in linears]
+    zero_points = [linear.zero_point for linear in linears if linear.zero_point is not None]
     scheme = linears[0].scheme
     weight = repack_weight(
         torch.cat([linear.codes for linear in linears]),
-        torch.cat([linear.stored.scale for linear in linears]),
-        None if zero_points[0] is None else torch.cat([point for point in zero_points if point is not None]),
+        torch.cat([linear.scale for linear in linears]),
+        torch.cat(zero_points) if zero_points else None,
         num_bits=scheme.weights.num_bits,
         activation_bits=None if scheme.activations is None else scheme.activations.num_bits,
     )
@@ -131,10 +135,10 @@ def _install(block: nn.Module, names: Sequence[str], linears: Sequence[_Linear],
 
 def _join_biases(linears: Sequence[_Linear], dtype: torch.dtype) -> Tensor | None:
     """Return the biases one behind the other, zeros where a linear has none; None where none has."""
-    if all(linear.stored.bias is None for linear in linears):
+    if all(linear.bias is None for linear in linears):
         return None
     biases = [
-        linear.codes.new_zeros(len(linear.codes), dtype=dtype) if linear.stored.bias is None else linear.stored.bias
+        linear.codes.new_zeros(len(linear.codes), dtype=dtype) if linear.bias is None else linear.bias
         for linear in linears
     ]
     return torch.cat([bias.to(dtype) for bias in biases])
@@ -152,10 +156,10 @@ def _move_norms(block: nn.Module, spec: BlockSpec) -> None:
         if product is None or product.weight.activation_bits is None or product.column_order is not None:
             continue
         eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        if not type(norm).__name__.endswith("RMSNorm") or eps is None:
+        if norm is None or not type(norm).__name__.endswith("RMSNorm") or eps is None:
             continue
-        bits = product.weight.activation_bits
-        product.norm = NormQuantizer(norm.weight, eps, offset=float(spec.norm_weight_offset), num_bits=bits)
+        weight, bits = norm.get_parameter("weight"), product.weight.activation_bits
+        product.norm = NormQuantizer(weight, eps, offset=float(spec.norm_weight_offset), num_bits=bits)
         replace_module(block, site.producer, nn.Identity())
 
 
@@ -165,11 +169,13 @@ def _join_gates(block: nn.Module, spec: BlockSpec) -> None:
         name, _, leaf = site.producer.rpartition(".")
         if site.name != "up_to_down" or leaf != "up_proj" or (mlp := _find(block, name)) is None:
             continue
-        if {child for child, _ in mlp.named_children()} != _GATED or type(mlp.act_fn).__name__ not in _SILU:
+        children = dict(mlp.named_children())
+        if children.keys() != _GATED or type(children["act_fn"]).__name__ not in _SILU:
             continue
-        down, gate_up = mlp.down_proj, _product_of([mlp.gate_proj, mlp.up_proj])
-        quantizes = isinstance(down, PackedLinear) and down.weight.activation_bits is not None
-        if isinstance(gate_up, JoinedLinears) and quantizes and down.column_order is None:
+        down, gate_up = children["down_proj"], _product_of([children["gate_proj"], children["up_proj"]])
+        if not isinstance(gate_up, JoinedLinears) or not isinstance(down, PackedLinear):
+            continue
+        if down.weight.activation_bits is not None and down.column_order is None:
             replace_module(block, name, GatedMLP(gate_up, down))
 
 

@@ -35,9 +35,7 @@ class StaticDecoder:
             depends on the length.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, *, batch_size: int, max_length: int, compile_step: bool = False
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, *, batch_size: int, max_length: int, compile_step: bool = False) -> None:
         from transformers import StaticCache
 
         self.model, self.batch_size, self.max_length = model, batch_size, max_length
@@ -49,7 +47,7 @@ class StaticDecoder:
         self._run: Callable[[], Tensor] = self._forward
         if compile_step:
             self._run = torch.compile(self._forward, fullgraph=True, dynamic=False)
-        self._graph, self._logits = self._record() if self.records else (None, self._token_ids.new_empty(0))
+        self._recorded = self._record() if self.records else None
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -99,10 +97,11 @@ class StaticDecoder:
             `[B, V]` in the model's dtype; the next step may overwrite it.
         """
         self._token_ids.copy_(token_ids[:, None])
-        if self._graph is None:
+        if self._recorded is None:
             return self._run()
-        self._graph.replay()
-        return self._logits
+        graph, logits = self._recorded
+        graph.replay()
+        return logits
 
     def _forward(self) -> Tensor:
         """Run the model on the token ids, move the positions on, and return `[B, V]` logits."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +53,10 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Move the layer within its kind of device; neither codes nor scales ever change their dtype."""
-        moved = {}
+        moved: dict[str, Any] = {}
         for name in [name for name in self._buffers if name.startswith("packed_")]:
             tensor = self._buffers.pop(name)
+            assert tensor is not None
             target = fn(tensor).device
             if target.type != tensor.device.type:
                 raise DeviceError(

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 def add_shells(model: PreTrainedModel, source: PackedSource) -> None:
     """Replace the quantized linears of a skeleton of `source` by `QuantizedLinear` layers without values."""
     for name, scheme in source.schemes.items():
-        replace_module(model, name, QuantizedLinear.empty(model.get_submodule(name), scheme))
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)  # `PackedSource` refuses anything else
+        replace_module(model, name, QuantizedLinear.empty(linear, scheme))
 
 
 def fill_block(

@@ -101,6 +101,8 @@ def _weights(values: Mapping[str, Any]) -> QuantArgs:
         raise _cannot(f"weights with one scale per {strategy}")
     if values.get("dynamic"):
         raise _cannot("weights that are quantized while the model runs")
+    if not isinstance(values["symmetric"], bool):
+        raise ValueError(f"symmetric {values['symmetric']!r}")
     group_size = values.get("group_size") if strategy == "group" else None
     # One scale for the whole tensor becomes one per row when the layer is read.
     return QuantArgs(

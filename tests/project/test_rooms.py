@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibrate": FOUNDATION | {"data", "judges", "models", "probes.probe", "quant"},
     "repair": FOUNDATION | {"data", "models"},
     "pack": FOUNDATION | {"models", "quant", "qrealign_kernels"},
+    "deploy": FOUNDATION | {"data.generate", "models", "pack", "qrealign_kernels"},
     "report": FOUNDATION,
     "demo": FOUNDATION | {"data", "evaluate", "judges", "models", "quant"},
     "pipeline": FOUNDATION
@@ -38,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         "calibrate",
         "data",
         "demo",
+        "deploy",
         "evaluate",
         "judges",
         "models",

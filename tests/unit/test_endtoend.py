@@ -10,6 +10,7 @@ from qrealign.calibrate.endtoend import EndToEndCalibrator
 from qrealign.calibrate.methods import method_settings
 from qrealign.calibrate.objectives import BehaviourObjective
 from qrealign.calibrate.parameters import BlockContext, Trainable
+from qrealign.calibrate.parts import by_length
 from qrealign.calibrate.readout import final_hidden, readout
 from qrealign.calibrate.teachers import TeacherCache, TeacherSample, teach_behaviour, teach_refusals
 from qrealign.config import parse_scheme
@@ -149,6 +150,30 @@ def test_out_of_memory_goes_on_in_parts_with_the_same_result(tmp_path, monkeypat
     parts.state_path.unlink()
     with pytest.raises(DeviceError, match="does not hold one calibration prompt"):
         parts.run(progress=None)
+
+
+def test_a_cpu_groups_a_batch_by_length_with_the_same_gradients(tmp_path):
+    grouped, whole = calibrator(tmp_path), calibrator(tmp_path)
+    lengths = [len(sample.input_ids) for sample in grouped.objective.samples]
+    passes = []
+    compute = grouped.objective.losses
+    grouped.objective.losses = lambda model, part, counts: passes.append(len(part)) or compute(model, part, counts)
+    grouped.parts.split = lambda part: by_length(part, [grouped.objective.length(item) for item in part], overhead=0)
+    whole.parts.split = None
+    for engine in (grouped, whole):
+        engine.trainable.step = lambda: None  # the gradients stay to be compared
+        engine._step(0)
+    assert len(passes) == len({lengths[index] for index in grouped.schedule[0]}) > 1
+    for name, parameter in grouped.trainable.named.items():
+        other = whole.trainable.named[name].grad
+        torch.testing.assert_close(parameter.grad, other, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("overhead", "groups"), [(0, [[5, 5], [9], [100]]), (9, [[5, 5, 9], [100]]), (400, [[5, 5, 9, 100]])]
+)
+def test_groups_of_like_lengths_cost_least(overhead, groups):
+    assert by_length([100, 5, 9, 5], [100, 5, 9, 5], overhead) == groups
 
 
 def test_frozen_student_computes_what_was_trained(tmp_path):
