@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qrealign.data.generate import find_device, last_logits_only
+from qrealign.deploy.decoder import has_fixed_program
 from qrealign.errors import DeviceError, UnsupportedArchitectureError
 from qrealign.models.device import free_bytes
 from qrealign.serve.graphs import DecodeGraphs
@@ -31,7 +32,7 @@ class Runner:
         model: a causal language model in eval mode, on its device.
         slots: rows.
         max_length: most tokens of a sequence.
-        cuda_graphs: replay the decode step as a CUDA graph, where the model is on a GPU.
+        cuda_graphs: replay the decode step as a CUDA graph, where the model is on a GPU and decides nothing on the host.
 
     Raises:
         UnsupportedArchitectureError: the model's attention cannot be masked row by row.
@@ -47,9 +48,8 @@ class Runner:
         self._masks = MaskMaker(config, next(model.parameters()).dtype)
         self._last_only = last_logits_only(model)
         self._pad = config.pad_token_id or 0
-        self._graphs = (
-            DecodeGraphs(self._decode, slots, self.device) if cuda_graphs and self.device.type == "cuda" else None
-        )
+        replays = cuda_graphs and self.device.type == "cuda" and has_fixed_program(model)
+        self._graphs = DecodeGraphs(self._decode, slots, self.device) if replays else None
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[int], chunks: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:

@@ -74,30 +74,39 @@ def serve(options: ServeOptions, say: Say) -> None:
         QrealignError: the model, the device or the address cannot be used.
     """
     device = choose_device(options.device)
-    listener = _listen(options.host, options.port)
-    with listener:
+    # First the address: minutes of loading must not end in a port that is taken.
+    with listen(options.host, options.port) as listener:
         say(f"loading {options.model} on {device}")
         served = load_served(
             options.model, device=device, dtype=options.dtype, max_length=options.max_length, name=options.served_name
         )
-        runner = open_runner(served, options)
-        app = build_app(served, runner, options)
-        config = uvicorn.Config(
-            app,
-            lifespan="on",
-            log_level=logging.WARNING,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=_IDLE_CONNECTION_S,
-            timeout_graceful_shutdown=_LAST_BYTES_S,
-        )
+        run_server(served, options, listener, say)
 
-        def ready() -> None:
-            for line in _greeting(served, runner, options, listener):
-                say(line)
 
-        server = DrainingServer(config, app.state.server.engine, options.grace, ready)
-        server.run(sockets=[listener])
+def run_server(served: ServedModel, options: ServeOptions, listener: socket.socket, say: Say) -> None:
+    """Serve a loaded model on a socket until a signal ends the server.
+
+    Raises:
+        DeviceError: its slots do not fit into the memory.
+        UnsupportedArchitectureError: it cannot be batched.
+    """
+    runner = open_runner(served, options)
+    app = build_app(served, runner, options)
+    config = uvicorn.Config(
+        app,
+        lifespan="on",
+        log_level=logging.WARNING,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_IDLE_CONNECTION_S,
+        timeout_graceful_shutdown=_LAST_BYTES_S,
+    )
+
+    def ready() -> None:
+        for line in _greeting(served, runner, options, listener):
+            say(line)
+
+    DrainingServer(config, app.state.server.engine, options.grace, ready).run(sockets=[listener])
     say("shut down")
 
 
@@ -120,8 +129,8 @@ def open_runner(served: ServedModel, options: ServeOptions) -> Runner:
     return runner
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Take the address before the model is loaded: minutes of loading must not end in a port that is taken.
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens there.
 
     Raises:
         ConfigError: it cannot be had.
