@@ -48,7 +48,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "Refused"},
     "5XX": {"model": ErrorBody, "description": "Failed"},
 }
-_STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+_STREAM = {"content": {"text/event-stream": {"schema": {"description": "With stream: data events, [DONE] the last"}}}}
 
 
 class Server:
