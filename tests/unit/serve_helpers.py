@@ -24,6 +24,7 @@ from qrealign.serve.options import ServeOptions
 from qrealign.serve.replies import Verdict
 from qrealign.serve.runner import Runner
 from qrealign.serve.sampling import SamplingSettings
+from qrealign.serve.server import DrainingServer
 from tests.helpers import CHAT_TEMPLATE, TOKENIZER_VOCAB, tiny_model, tiny_tokenizer
 
 # One client for all tests: each makes a TLS context, which takes longer than a request.
@@ -53,6 +54,8 @@ class Running:
 
     url: str
     server: Server
+    listening: DrainingServer
+    thread: threading.Thread
 
     def wait_idle(self, seconds: float = 10.0) -> None:
         """Wait until no slot is taken and nothing waits."""
@@ -68,9 +71,10 @@ def serving(served: ServedModel | None = None, *, slots: int = 4, **options: Any
     served = served or served_model()
     settings = ServeOptions(model="tiny", **options)
     app = build_app(served, Runner(served.model, slots=slots, max_length=served.encoder.max_length), settings)
-    server = uvicorn.Server(
-        uvicorn.Config(app, port=0, lifespan="on", log_level="error", timeout_graceful_shutdown=2, server_header=False)
+    config = uvicorn.Config(
+        app, port=0, lifespan="on", log_level="error", timeout_graceful_shutdown=2, server_header=False
     )
+    server = DrainingServer(config, app.state.server.engine, settings.grace, ready=lambda: None)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     while not server.started:
@@ -78,7 +82,7 @@ def serving(served: ServedModel | None = None, *, slots: int = 4, **options: Any
         time.sleep(0.005)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Running(f"http://127.0.0.1:{port}", app.state.server)
+        yield Running(f"http://127.0.0.1:{port}", app.state.server, server, thread)
     finally:
         server.should_exit = True
         thread.join()
