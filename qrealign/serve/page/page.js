@@ -62,7 +62,6 @@ function showModel() {
     part("reasons").replaceChildren(
       ...verdict.reasons.map((reason) => {
         const item = document.createElement("li");
-        item.className = "note";
         item.textContent = reason;
         return item;
       }),
