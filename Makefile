@@ -26,7 +26,7 @@ run: $(VENV)/.installed ## realign the shipped demo model into out/demo and prin
 	$(BIN)/python -m qrealign.run --output $(OUTPUT) $(ARGS)
 
 serve: $(VENV)/.installed-serve ## serve the demo's out/demo/model, made first if it is missing (ARGS adds flags)
-	test -f $(OUTPUT)/model/config.json || $(BIN)/python -m qrealign.run --output $(OUTPUT)
+	@test -f $(OUTPUT)/model/config.json || $(BIN)/python -m qrealign.run --output $(OUTPUT)
 	$(BIN)/python -m qrealign.serve $(OUTPUT)/model $(ARGS)
 
 test: $(VENV)/.installed-dev ## run all tests, fail below 90 % coverage (ARGS adds pytest flags)
