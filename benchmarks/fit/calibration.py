@@ -5,6 +5,7 @@ from __future__ import annotations
 from benchmarks.fit.cases import Case
 from qrealign_kernels import triton_activations as activations
 from qrealign_kernels import triton_weight as weights
+from qrealign_kernels import triton_weight_gradients as gradients
 
 _GRID = {"QMIN": -128, "QMAX": 127, "SYMMETRIC": True, "SCALE_KIND": 2, "MIN_SCALE": 2.0**-24}
 _ASYMMETRIC = {"QMIN": -8, "QMAX": 7, "SYMMETRIC": False, "SCALE_KIND": 0, "MIN_SCALE": 2.0**-24}
@@ -35,12 +36,20 @@ CASES = (
     ),
     Case(
         name="weight, gradients",
-        kernel=weights._weight_gradients_bwd_kernel,
+        kernel=gradients._weight_gradients_bwd_kernel,
         table="weight_gradients_bwd",
         types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
         constants=_GRID | _LEARNED | {"TO_COLUMN": True, "TO_ROW": True, "TO_WEIGHT": False},
         from_key=weights.row_tile_columns,
         aligned=("K", "C"),
+    ),
+    Case(
+        name="product and gradients",
+        kernel=gradients._product_gradients_bwd_kernel,
+        table="product_gradients_bwd",
+        types={"weight_ptr": "*bf16", "grad_ptr": "*bf16", "x_ptr": "*bf16"},
+        constants=_ASYMMETRIC | {"SCALE_KIND": 2} | _LEARNED | {"TO_COLUMN": True, "TO_ROW": True, "BLOCK_C": 128},
+        aligned=("M", "N", "K", "C"),
     ),
     Case(
         name="token, codes",

@@ -15,7 +15,8 @@ from benchmarks.timing import rotations
 from benchmarks.tunables.tunable import Calls, Tunable
 from qrealign_kernels.launches import Choice
 from qrealign_kernels.reference_calibration import WeightTransform
-from qrealign_kernels.triton_backend import BACKEND
+from qrealign_kernels.triton_activations import rms_norm_gradients
+from qrealign_kernels.triton_weight_gradients import edited_weight_gradients
 
 # Key -> rows, columns and group size of the weight that stands for it.
 WEIGHTS = {
@@ -71,6 +72,14 @@ def edited_candidates(key: str) -> list[Choice]:
     )
 
 
+def product_candidates(key: str) -> list[Choice]:
+    """Return tiles of the rows of some groups of 128 and the tokens of a step."""
+    return grid(
+        {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "AHEAD": (1, 2, 3), "num_warps": (4, 8)},
+        lambda choice: choice["AHEAD"] * choice["BLOCK_M"] * (choice["BLOCK_N"] + 128) <= 48 * 1024,
+    )
+
+
 def token_candidates(key: str) -> list[Choice]:
     """Return tiles of whole tokens."""
     width = int(key.partition("-")[0])
@@ -121,7 +130,7 @@ def gradient_calls(rows: int, columns: int, group_size: int) -> Calls:
     arguments = learned(rows, columns, group_size)
     transform = WeightTransform(arguments.pop("column_scale"), arguments.pop("row_divisor"))
     call = partial(
-        BACKEND.edited_weight_gradients,
+        edited_weight_gradients,
         transform=transform,
         wanted=frozenset({"low_logit", "high_logit", "column_scale", "row_divisor"}),
         symmetric=True,
@@ -130,6 +139,21 @@ def gradient_calls(rows: int, columns: int, group_size: int) -> Calls:
     )
     return [
         partial(call, _randn(rows, columns), _randn(rows, columns) * 0.02) for _ in range(rotations(4 * rows * columns))
+    ]
+
+
+def product_calls(tokens: int, rows: int, columns: int, group_size: int) -> Calls:
+    """Return calls that reduce the product of a bfloat16 gradient and input while it is made."""
+    arguments = learned(rows, columns, group_size)
+    return [
+        partial(
+            kernels.reduced_weight_gradient,
+            _randn(tokens, rows),
+            _randn(tokens, columns),
+            _randn(rows, columns) * 0.02,
+            **arguments,
+        )
+        for _ in range(rotations(2 * rows * columns))
     ]
 
 
@@ -161,7 +185,7 @@ def norm_calls(tokens: int, columns: int) -> Calls:
 def norm_gradient_calls(tokens: int, columns: int) -> Calls:
     """Return calls of the norm's backward."""
     weight = torch.rand(columns, device="cuda").bfloat16() + 0.5
-    call = partial(BACKEND.rms_norm_gradients, weight=weight, eps=1e-5, offset=0.0)
+    call = partial(rms_norm_gradients, weight=weight, eps=1e-5, offset=0.0)
     return [
         partial(call, _randn(tokens, columns), _randn(tokens, columns)) for _ in range(rotations(6 * tokens * columns))
     ]
@@ -179,6 +203,12 @@ TUNABLES = (
     Tunable(name="fake_quant_edited_fwd", keys=WEIGHTS, candidates=weight_candidates, make_calls=forward_calls),
     Tunable(name="weight_gradients_bwd", keys=WEIGHTS, candidates=weight_candidates, make_calls=gradient_calls),
     Tunable(name="fake_quant_edited_steps_fwd", keys=EDITED, candidates=edited_candidates, make_calls=edited_calls),
+    Tunable(
+        name="product_gradients_bwd",
+        keys={"default": (256, 4096, 4096, 128)},
+        candidates=product_candidates,
+        make_calls=product_calls,
+    ),
     Tunable(name="quantize_per_token", keys=TOKENS, candidates=token_candidates, make_calls=token_calls),
     Tunable(name="rms_norm_quantize", keys=TOKENS, candidates=token_candidates, make_calls=norm_calls),
     Tunable(name="silu_mul_quantize", keys=TOKENS, candidates=token_candidates, make_calls=gate_calls),

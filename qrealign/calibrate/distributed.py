@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -69,6 +69,27 @@ class Team:
         for parameter, part in zip(parameters, flat.split([each.numel() for each in parameters]), strict=True):
             parameter.grad = part.reshape(parameter.shape)
 
+    def keep_largest(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace each element by the largest that any process has, in place; all have tensors of the same shapes."""
+        if self.size > 1:
+            with _explained():
+                for name in sorted(tensors):
+                    dist.all_reduce(tensors[name], op=dist.ReduceOp.MAX)
+
+    def add_named(self, rows: list[dict[str, float]], names: Sequence[str]) -> list[dict[str, float]]:
+        """Return rows of named numbers added over all processes, which need not have the same of the `names`."""
+        if self.size == 1:
+            return rows
+        table = torch.zeros(2, len(rows), len(names), dtype=torch.float64)  # values, and how many processes have them
+        for place, row in enumerate(rows):
+            for name, value in row.items():
+                table[:, place, names.index(name)] = torch.tensor([value, 1.0])
+        values, counts = self.add(table).tolist()
+        return [
+            {name: value for name, value, count in zip(names, *row, strict=True) if count}
+            for row in zip(values, counts, strict=True)
+        ]
+
     def same(self, tensors: Iterable[Tensor]) -> None:
         """Give every process the first one's values, in place: GPUs of different kinds round differently."""
         if self.size > 1:
@@ -112,8 +133,8 @@ def _explained() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise DeviceError(
-            f"another process of this run has ended ({str(error).splitlines()[0]}): the same command continues where "
-            "the run stopped"
+            "another process of this run has ended, or cannot be reached: the same command continues where the run "
+            "stopped"
         ) from error
 
 
@@ -149,6 +170,8 @@ def _end(number: int, frame: FrameType | None) -> None:
     )
 
 
-def local_device_index() -> int | None:
-    """Return which GPU of this machine a process of a team takes, None outside a team."""
-    return dist.get_node_local_rank(fallback_rank=0) if dist.is_available() and dist.is_initialized() else None
+def local_device(device: torch.device) -> torch.device:
+    """Return the GPU that this process takes where a team has been joined and `device` names none of them."""
+    if device.type != "cuda" or device.index is not None or not (dist.is_available() and dist.is_initialized()):
+        return device
+    return torch.device("cuda", dist.get_node_local_rank(fallback_rank=0))

@@ -17,9 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from qrealign.calibrate.distributed import ALONE, Team
 from qrealign.calibrate.divergence import DivergenceGuard
 from qrealign.calibrate.methods import CalibrationSettings
-from qrealign.calibrate.objectives import BehaviourObjective, Objective
+from qrealign.calibrate.objectives import LOSS_NAMES, BehaviourObjective, Objective
 from qrealign.calibrate.parameters import Trainable
 from qrealign.calibrate.parts import Parts, by_length
 from qrealign.calibrate.recorded import RecordedPass
@@ -44,6 +45,7 @@ class EndToEndCalibrator:
         state_path: where progress is kept; a file found there is continued.
         record: on a GPU, pad every batch to one shape and record forward and backward pass as a CUDA graph. The weights
             must stay where they are, and nothing in the model may read a tensor's value.
+        team: the processes that share every batch; the first one alone saves.
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class EndToEndCalibrator:
         *,
         state_path: Path,
         record: bool = False,
+        team: Team = ALONE,
     ) -> None:
         self.model, self.trainable, self.objective, self.settings = model, trainable, objective, settings
-        self.state_path = state_path
+        self.state_path, self.team = state_path, team
         batches = stratified_batches(
             *objective.groups(),
             batch_size=settings.batch_size,
@@ -67,9 +70,9 @@ class EndToEndCalibrator:
         self.schedule = list(islice(batches, settings.steps))
         self.recorded: RecordedPass | None = None
         if record and isinstance(objective, BehaviourObjective):
-            self.recorded = RecordedPass(model, trainable, objective, map(self._samples, range(settings.steps)))
+            self.recorded = RecordedPass(model, trainable, objective, map(self._own_samples, range(settings.steps)))
         split = self._by_length if model.device.type == "cpu" and self.recorded is None else None
-        self.parts = Parts(settings.batch_size, trainable.zero_grad, split)
+        self.parts = Parts(len(team.share(range(settings.batch_size))), trainable.zero_grad, split)
         self.curve: list[CurvePoint] = []
 
     def run(self, *, progress: str | None, on_step: Callable[[int], None] | None = None) -> list[CurvePoint]:
@@ -108,9 +111,11 @@ class EndToEndCalibrator:
     def _read(self, unread: Sequence[Losses], first: int) -> int | None:
         """Add steps, from `first` on, to the curve; return the first one whose loss is not finite, if there is one."""
         values = torch.stack([value for losses in unread for value in losses.values()]).tolist()
-        for step, names in enumerate(unread, start=first):
-            losses = dict(zip(names, values, strict=False))
+        read = []
+        for names in unread:
+            read.append(dict(zip(names, values, strict=False)))
             del values[: len(names)]
+        for step, losses in enumerate(self.team.add_named(read, LOSS_NAMES), start=first):
             losses["total"] = sum(losses.values())
             if not math.isfinite(losses["total"]):
                 return step
@@ -121,23 +126,25 @@ class EndToEndCalibrator:
         """Take one optimizer step; return its losses, not yet read."""
         settings = self.settings
         self.trainable.set_rate(warm_cosine(step, settings.steps, settings.warmup_steps))
-        samples = self._samples(step)
-        counts = self.objective.count(samples)
+        samples = self._own_samples(step)
+        counts = self.objective.count([self.objective.samples[index] for index in self.schedule[step]])
         total: Losses = {}
-        for losses in self.parts.run(lambda part: self._backward(part, counts), samples):
+        for losses in self.parts.run(lambda part: self._backward(part, counts, len(samples)), samples):
             total |= {name: value + total[name] if name in total else value for name, value in losses.items()}
+        self.team.add_gradients(self.trainable.named.values())
         self.trainable.step()
         return total
 
-    def _samples(self, step: int) -> list[Any]:
-        return [self.objective.samples[index] for index in self.schedule[step]]
+    def _own_samples(self, step: int) -> list[Any]:
+        """Return this process's share of a batch."""
+        return [self.objective.samples[index] for index in self.team.share(self.schedule[step])]
 
     def _by_length(self, samples: Sequence[Any]) -> list[list[Any]]:
         return by_length(samples, [self.objective.length(sample) for sample in samples], PASS_TOKENS)
 
-    def _backward(self, samples: Sequence[Any], counts: Mapping[str, int]) -> Losses:
-        """Add the gradients of part of a batch; `counts` describe the whole batch."""
-        if self.recorded is not None and len(samples) == sum(counts.values()):
+    def _backward(self, samples: Sequence[Any], counts: Mapping[str, int], whole: int) -> Losses:
+        """Add the gradients of part of `whole` samples; `counts` describe the batch of all processes."""
+        if self.recorded is not None and len(samples) == whole:
             return self.recorded(samples, counts)
         self.recorded = None  # the whole batch did not fit
         self.trainable.before_forward()
@@ -146,6 +153,8 @@ class EndToEndCalibrator:
         return {name: value.detach() for name, value in losses.items()}
 
     def _save(self, step: int) -> None:
+        if not self.team.leads:
+            return
         extra = {
             "step": step,
             "rate_factor": self.trainable.rate_factor,

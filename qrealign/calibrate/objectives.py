@@ -24,6 +24,8 @@ from qrealign.data.prompts import Label
 PACKED_SHARE = 0.75  # of the tokens of padded batches: what packed ones may have at most
 ROUND_TO = 8  # tokens: what the attention kernels want of a sequence's length
 
+LOSS_NAMES = ("malicious", "benign", "pull", "push", "preference", "answer")  # of all objectives
+
 
 class Objective(Protocol):
     """A loss over cached samples.
@@ -48,7 +50,7 @@ class Objective(Protocol):
         ...
 
     def losses(self, model: PreTrainedModel, samples: Sequence[Any], counts: Mapping[str, int]) -> dict[str, Tensor]:
-        """Return the named losses of `samples`, scalars with gradients; their sum is minimised."""
+        """Return losses of `samples` by names of `LOSS_NAMES`, scalars with gradients; their sum is minimised."""
         ...
 
 

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qrealign.quant.edits import LowRankEdit, low_rank_gradients
-from qrealign_kernels import encode_weight, fake_quant_weight, int8_matmul, int8_matmul_dx, quantize_per_token
+from qrealign_kernels import (
+    encode_weight,
+    fake_quant_per_token,
+    fake_quant_weight,
+    int8_matmul,
+    int8_matmul_dx,
+    quantize_per_token,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,21 +44,40 @@ class Rounding:
 
 
 class InputCodes:
-    """The codes of the tensor that was quantized last: linears that read the same tensor quantize it once."""
+    """What became of the tensor that was read last: linears that read the same tensor quantize it once."""
 
     def __init__(self) -> None:
         self._source: weakref.ref[Tensor] | None = None
-        self._key: tuple[int, int] | None = None
+        self._key: tuple[object, ...] = ()
         self._codes: tuple[Tensor, Tensor] | None = None
+        self._fake: weakref.ref[Tensor] | None = None
 
     def of(self, x: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
         """Return int8 codes `[M, K]` and float32 scales `[M, 1]` of `x` `[..., K]`."""
-        key = (x._version, num_bits)
-        if self._codes is None or self._source is None or self._source() is not x or self._key != key:
+        self._read(x, num_bits)
+        if self._codes is None:
             codes, scale = quantize_per_token(x.detach(), num_bits=num_bits)
-            self._source, self._key = weakref.ref(x), key
             self._codes = codes.flatten(0, -2), scale.flatten(0, -2)
         return self._codes
+
+    def fake(self, x: Tensor, num_bits: int) -> Tensor:
+        """Return `x` fake-quantized, with autograd.
+
+        The result lives as long as somebody else holds it, as products do for their backward pass.
+        """
+        self._read(x, num_bits)
+        fake = None if self._fake is None else self._fake()
+        if fake is None:
+            fake = fake_quant_per_token(x, num_bits=num_bits)
+            self._fake = weakref.ref(fake)
+        return fake
+
+    def _read(self, x: Tensor, num_bits: int) -> None:
+        """Forget what is known of another tensor, or of another content or use of this one."""
+        key = (x._version, num_bits, torch.is_grad_enabled())
+        if self._source is None or self._source() is not x or self._key != key:
+            self._source, self._key = weakref.ref(x), key
+            self._codes = self._fake = None
 
 
 class _IntegerLinear(torch.autograd.Function):

@@ -14,7 +14,7 @@ from qrealign.quant.clipping import LearnableWeightClipping
 from qrealign.quant.coded import InputCodes, Rounding, coded_linear
 from qrealign.quant.edits import LowRankEdit, edited_linear
 from qrealign.quant.packed import QuantizedLinear
-from qrealign_kernels import encode_weight, fake_quant_per_token, fake_quant_weight, quantize_weight
+from qrealign_kernels import encode_weight, fake_quant_weight, quantize_weight
 
 
 class _GridArguments(TypedDict):
@@ -32,9 +32,9 @@ class FakeQuantLinear(nn.Module):
     """A linear layer whose weight and input pass through the quantization grid, straight-through in the backward.
 
     The weight of the forward pass is `grid(weight * column_scale / row_divisor + edit)`. Everything learned is
-    optional: `clipping` and `edit` are submodules, `bias_edit` `[N]` is added to the bias; the three vectors of an
+    optional: `clipping` and `edit` are submodules, `bias_edit` `[N]` is added to the bias; the two vectors of an
     equivalent transform are live tensors that `quant.transform` sets while it trains (`column_scale` `[K]`,
-    `row_divisor` `[N]`, `input_divisor` `[K]`).
+    `row_divisor` `[N]`).
 
     With `quantize` False the layer computes what the original linear computes, bit for bit. With `coded` True an edit
     that learns alone is computed by `quant.coded`, which keeps no copy of the weight for the backward pass; None, the
@@ -58,7 +58,6 @@ class FakeQuantLinear(nn.Module):
         self.bias_edit: nn.Parameter | None = None
         self.column_scale: Tensor | None = None
         self.row_divisor: Tensor | None = None
-        self.input_divisor: Tensor | None = None
 
     def float_weight(self) -> Tensor:
         """Return the weight before the grid, `[N, K]` float32, transform and edit included."""
@@ -93,14 +92,12 @@ class FakeQuantLinear(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.input_divisor is not None:
-            x = x / self.input_divisor.to(x.dtype)
         bias = self.float_bias()
         bias = None if bias is None else bias.to(x.dtype)
         if self.edit is not None and self.is_coded():
             return coded_linear(x, self.weight, bias, self.edit, self._rounding(), self.inputs)
         if self.quantize and self.scheme.activations is not None:
-            x = fake_quant_per_token(x, num_bits=self.scheme.activations.num_bits)
+            x = self.inputs.fake(x, self.scheme.activations.num_bits)
         if self.edit is None or not self._only_edit_learns():
             return F.linear(x, self._forward_weight(x.dtype), bias)
         with torch.no_grad():
@@ -116,16 +113,12 @@ class FakeQuantLinear(nn.Module):
             return self.float_weight().to(dtype)
         if self.edit is not None and self.edit.mask is not None:
             return fake_quant_weight(self.float_weight(), **self._grid_arguments(), out_dtype=dtype)
+        return fake_quant_weight(self.weight, **self._grid_arguments(), **self._changes(), out_dtype=dtype)
+
+    def _changes(self) -> dict[str, Tensor | None]:
+        """Return the transform and an unmasked edit, as the ops' keyword arguments."""
         left, right = (None, None) if self.edit is None else (self.edit.left, self.edit.right)
-        return fake_quant_weight(
-            self.weight,
-            **self._grid_arguments(),
-            column_scale=self.column_scale,
-            row_divisor=self.row_divisor,
-            left=left,
-            right=right,
-            out_dtype=dtype,
-        )
+        return {"column_scale": self.column_scale, "row_divisor": self.row_divisor, "left": left, "right": right}
 
     def _only_edit_learns(self) -> bool:
         """Whether an unmasked edit is all that the layer's gradient has to reach."""
@@ -150,11 +143,10 @@ class FakeQuantLinear(nn.Module):
     @torch.no_grad()
     def freeze(self) -> QuantizedLinear:
         """Return the frozen layer with exactly the codes that the forward pass uses."""
-        if self.edit is not None and self.is_coded():
-            grid = self._rounding().grid
-            codes, scale, zero_point = encode_weight(self.weight, left=self.edit.left, right=self.edit.right, **grid)
-        else:
+        if self.edit is not None and self.edit.mask is not None:
             codes, scale, zero_point = quantize_weight(self.float_weight(), **self._grid_arguments())
+        else:
+            codes, scale, zero_point = encode_weight(self.weight, **self._grid_arguments(), **self._changes())
         bias = self.float_bias()
         bias = None if bias is None else bias.detach().to(self.scale_dtype).to(bias.dtype)
         return QuantizedLinear(codes, scale, zero_point, bias, self.scheme)

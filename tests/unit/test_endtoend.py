@@ -57,11 +57,12 @@ def student(model_type="llama", settings=SETTINGS, scheme="w8a8"):
     return model, Trainable(contexts)
 
 
-def calibrator(tmp_path, settings=SETTINGS, name="state"):
+def calibrator(tmp_path, settings=SETTINGS, name="state", **options):
     aligned, finetuned = (tiny_model("llama", seed=seed, vocab_size=TOKENIZER_VOCAB) for seed in (2, 1))
     model, trainable = student(settings=settings)
     objective = BehaviourObjective(cache_of(aligned, finetuned), settings, pad_id=0, device=model.device)
-    return EndToEndCalibrator(model, trainable, objective, settings, state_path=tmp_path / f"{name}.safetensors")
+    state = tmp_path / f"{name}.safetensors"
+    return EndToEndCalibrator(model, trainable, objective, settings, state_path=state, **options)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
