@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,7 @@ from qrealign.data.capture import run_block
 from qrealign.models.source import ModelSource
 from qrealign.probes.probe import SafetyProbe
 from qrealign.quant.fake_quant import freeze_linears, swap_linears
+from qrealign.quant.fused import fused_inputs
 from qrealign.records import CurvePoint
 
 STREAM_BATCH = 16
@@ -136,7 +137,8 @@ class BlockwiseCalibrator:
             block=block, index=index, spec=self.source.spec, settings=self.settings, activation_amax=maxima.values
         )
         trainable = Trainable([context])
-        self._train(index, block, trainable, target, bar)
+        with fused_inputs(block, self.source.spec) if self.device.type == "cuda" else nullcontext():
+            self._train(index, block, trainable, target, bar)
         if self.on_trained is not None:
             self.on_trained(index, block)
         trainable.fold(self.source.storage_dtype)

@@ -12,6 +12,7 @@ from qrealign.pack.format import quantization_config
 from qrealign.pack.runtimes import Runtime, compatible_runtimes
 from qrealign.pack.size import estimate_packed_bytes, require_free_disk
 from qrealign.pipeline.analysing import exit_cost
+from qrealign.pipeline.calibrating import stream_bytes, streams_on_host
 from qrealign.pipeline.context import RunContext
 from qrealign.pipeline.evaluating import NEW_TOKENS, PERPLEXITY_TOKENS, model_names
 from qrealign.pipeline.student import KEPT_SHARE
@@ -92,9 +93,7 @@ def state_bytes(context: RunContext) -> int:
     total = weights * context.finetuned.storage_dtype.itemsize if isinstance(spec.repair, SafeDelta) else 0
     total += 4 * borders * spec.repair.rank if isinstance(spec.repair, OneShot) else 0
     if spec.settings.engine == "blockwise":
-        streams = 3 if spec.settings.uses_aligned else 2
-        tokens = streams * spec.settings.samples * spec.settings.sequence_length
-        total += tokens * hidden * context.pool.dtype.itemsize
+        total += stream_bytes(context)
         total += 4 * borders * spec.settings.edit_rank if spec.polish is not None else 0
     if spec.endtoend is not None:
         teachers = 2 if spec.endtoend.uses_base else 1
@@ -109,7 +108,8 @@ def memory_line(context: RunContext) -> str:
     pool, source = context.pool, context.finetuned
     line = f"memory      about {memory_bytes(context) / GIB:.1f} GiB on {context.device}"
     if context.spec.endtoend is None:
-        return line
+        kept = context.settings.engine == "blockwise" and streams_on_host(context)
+        return f"{line}, activation streams in host memory" if kept else line
     chosen = " (chosen from what is free)" if pool.memory == "auto" else ""
     line += f", weights {pool.mode(source)}{chosen}"
     moved = moved_bytes(context)
@@ -129,6 +129,8 @@ def memory_bytes(context: RunContext) -> int:
     source, settings = context.finetuned, context.spec.endtoend or context.settings
     if context.device.type == "cuda" and settings.engine == "endtoend":
         return _endtoend_bytes(context, settings)
+    if context.device.type == "cuda" and settings.engine == "blockwise":
+        return _blockwise_bytes(context, settings)
     resident, block = (
         context.pool.resident_bytes(source),
         context.pool.resident_bytes(source) // max(1, source.num_blocks),
@@ -158,6 +160,19 @@ def _endtoend_bytes(context: RunContext, settings: CalibrationSettings) -> int:
     borders = sum(rows + columns for rows, columns in source.linear_shapes().values())
     edits = 4 * 4 * borders * settings.edit_rank if settings.edit_learning_rate else 0  # values, gradients, two moments
     return pool.weight_bytes(source) + activations + outputs + edits
+
+
+def _blockwise_bytes(context: RunContext, settings: CalibrationSettings) -> int:
+    """Return about what the block-wise engine takes on a GPU: a block as loaded, rounded, and in float32 to be folded,
+    the activations of a batch, and the streams where they are kept there.
+    """
+    source, itemsize = context.finetuned, context.pool.dtype.itemsize
+    weights = sum(rows * columns for rows, columns in source.linear_shapes().values()) // max(1, source.num_blocks)
+    wide = getattr(source.config, "intermediate_size", 0) or 4 * source.config.hidden_size
+    tokens = settings.batch_size * min(settings.sequence_length, 2 * PROMPT_TOKENS)
+    activations = tokens * (source.config.hidden_size + wide) * KEPT_VALUES * itemsize
+    streams = 0 if streams_on_host(context) else stream_bytes(context)
+    return weights * (2 * itemsize + 4) + activations + streams
 
 
 def estimate_seconds(context: RunContext) -> float:

@@ -72,6 +72,12 @@ class InputCodes:
             self._fake = weakref.ref(fake)
         return fake
 
+    def provide(self, fake: Tensor, num_bits: int) -> Tensor:
+        """Take note that a tensor has been fake-quantized where it was made, and return it."""
+        self._read(fake, num_bits)
+        self._fake = weakref.ref(fake)
+        return fake
+
     def _read(self, x: Tensor, num_bits: int) -> None:
         """Forget what is known of another tensor, or of another content or use of this one."""
         key = (x._version, num_bits, torch.is_grad_enabled())
