@@ -26,7 +26,7 @@ class HandOver:
         self._streams = [torch.cuda.Stream(device) for _ in range(pieces if device.type == "cuda" else 0)]
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Wait until fewer than `pieces` are under way, then start the next. What an earlier one raised is raised here."""
+        """Wait until fewer than `pieces` are under way, then start the next; raise what an earlier one raised."""
         self.wait(self.pieces - 1)
         if not self._streams:
             work()

@@ -5,21 +5,22 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from qrealign.config import QuantScheme
-from qrealign.models.checkpoint import WeightFiles, find_weight_files
+from qrealign.deploy.load import deploy_model
 from qrealign.models.device import RESIDENT_SHARE, compute_dtype, free_bytes
 from qrealign.models.device import choose_device as choose_device  # part of this module, for its callers
 from qrealign.models.placement import assign_tensor, assign_tensors, move_buffers
 from qrealign.models.source import ModelSource
 from qrealign.models.streaming import stream_blocks
 from qrealign.models.transfer import BlockStream, open_stream
+from qrealign.pack.load import add_shells as add_packed_shells
 from qrealign.pack.load import fill_block
+from qrealign.pack.source import PackedSource
 from qrealign.quant.fake_quant import quantized_linears, replace_modules
 from qrealign.quant.packed import QuantizedLinear
 from qrealign_kernels import quantize_weight
@@ -130,16 +131,29 @@ class ModelPool:
         def load(model: PreTrainedModel, index: int) -> nn.Module:
             return round_block(model, source, index, self.device, self.dtype)
 
-        return self._get(name, source, load, scheme)
+        return self._get(name, source, load, lambda model: add_shells(model, source, scheme))
 
-    def packed(self, name: str, source: ModelSource, scheme: QuantScheme, directory: Path) -> PreTrainedModel:
-        """Return the packed checkpoint in `directory`, made from `source`, exactly as stored."""
-        tensors = WeightFiles(find_weight_files(directory))
+    def packed(self, name: str, source: PackedSource) -> PreTrainedModel:
+        """Return a packed checkpoint exactly as stored.
+
+        A GPU multiplies packed weights faster than plain ones, and has room for larger models then. On a CPU, whose
+        memory is seldom short, weights that were unpacked once are faster for batches of prompts.
+        """
+        if name not in self._kept and self.multiplies_packed:
+            if not self._holds(source.packed_bytes):
+                self.release()
+            if self._holds(source.packed_bytes):
+                self._kept[name] = deploy_model(source, self.device, self.dtype)
 
         def load(model: PreTrainedModel, index: int) -> nn.Module:
-            return fill_block(model, source, index, tensors, self.device, self.dtype)
+            return fill_block(model, source, index, source.files, self.device, self.dtype)
 
-        return self._get(name, source, load, scheme)
+        return self._get(name, source, load, lambda model: add_packed_shells(model, source))
+
+    @property
+    def multiplies_packed(self) -> bool:
+        """Whether packed checkpoints stay packed while they run."""
+        return self.device.type == "cuda"
 
     def resident_bytes(self, source: ModelSource) -> int:
         """Return the bytes of the whole model in the compute dtype."""
@@ -147,9 +161,12 @@ class ModelPool:
 
     def fits(self, source: ModelSource) -> bool:
         """Return whether the whole model is to be held on the device: as asked for, or as the free memory allows."""
+        return self._holds(self.resident_bytes(source))
+
+    def _holds(self, weight_bytes: int) -> bool:
         if self.memory != "auto":
             return self.memory == "resident"
-        return self.resident_bytes(source) <= RESIDENT_SHARE * free_bytes(self.device)
+        return weight_bytes <= RESIDENT_SHARE * free_bytes(self.device)
 
     def mode(self, source: ModelSource) -> str:
         """Return how the weights of a model will be held now: "resident", "low" (some of them) or "streamed"."""
@@ -193,27 +210,35 @@ class ModelPool:
             torch.cuda.empty_cache()
 
     def _get(
-        self, name: str, source: ModelSource, load: Loader | None = None, scheme: QuantScheme | None = None
+        self,
+        name: str,
+        source: ModelSource,
+        load: Loader | None = None,
+        swap: Callable[[PreTrainedModel], None] = lambda model: None,
     ) -> PreTrainedModel:
-        """Return a kept model, or load one: block by block with `load`, else in full precision."""
+        """Return a kept model, or load one: block by block with `load`, else in full precision.
+
+        `swap` replaces linears of the skeleton before anything is loaded.
+        """
         if name in self._kept:
             return self._kept[name]
         if not self.fits(source):
             self.release()
         model = source.skeleton(dtype=self.dtype)
         source.load_outer(model, self.device, self.dtype)
-        if scheme is not None:
-            add_shells(model, source, scheme)
+        swap(model)
         if not self.fits(source):
-            logger.warning("%s does not fit into the free memory of %s: its blocks are streamed", name, self.device)
+            if self.memory == "auto":
+                logger.warning("%s does not fit into the free memory of %s: its blocks are streamed", name, self.device)
             stream = self.open_stream(source) if load is None else None
             stream_blocks(model, source, self.device, self.dtype, loader=load, stream=stream)
             return model
         if load is None:
-            for _ in source.load_blocks(model, self.device, self.dtype):
-                pass
-        for index in range(source.num_blocks) if load is not None else ():
-            for layer in quantized_linears(load(model, index)).values():
+            blocks = source.load_blocks(model, self.device, self.dtype)
+        else:
+            blocks = (load(model, index) for index in range(source.num_blocks))
+        for block in blocks:
+            for layer in quantized_linears(block).values():
                 layer.keep_dense(self.dtype)
         self._kept[name] = model
         return model

@@ -83,7 +83,7 @@ def _teach(context: RunContext, settings: CalibrationSettings) -> TeacherCache:
         context.calibration_encoder,
         refusals,
         share=settings.recovery_share,
-        begun_tokens=settings.recovery_tokens,
+        begun_tokens=(settings.recovery_least, settings.recovery_tokens),
         seed=settings.seed,
         batch_size=batch_size,
         progress=context.progress("teach: the fine-tuned model begins to comply"),
@@ -122,12 +122,12 @@ def _teach_benign(
 def _windows(context: RunContext, settings: CalibrationSettings) -> list[list[int]]:
     """Return windows of `sequence_length` token ids of running text, joined end to end.
 
-    The prompts serve as text too: without the chat template, they keep the model as it is outside of conversations,
-    where late refusals would otherwise show.
+    Harmless prompts serve as text too: without the chat template, they keep the model as it is outside of
+    conversations, where late refusals would otherwise show. Malicious ones would undo what is learned from them.
     """
     tokenizer, length = context.calibration_encoder.tokenizer, settings.sequence_length
     prompts = context.data.calibration
-    texts = [prompt.text for prompt in (*prompts.text, *prompts.malicious, *prompts.harmless())]
+    texts = [prompt.text for prompt in (*prompts.text, *prompts.harmless())]
     stream: list[int] = []
     for ids in tokenizer([f"{text}\n" for text in texts], add_special_tokens=False, verbose=False).input_ids:
         stream += ids

@@ -116,15 +116,14 @@ def test_transformers_gives_the_fake_quant_models_tokens(demo_run):
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM
 
-    from qrealign.config import parse_scheme
     from qrealign.data.encode import ChatEncoder
     from qrealign.data.prompts import read_prompts
-    from qrealign.models.source import open_model
+    from qrealign.pack.source import open_packed
     from qrealign.pipeline.models import ModelPool
 
     demo = demo_paths()
-    source = open_model(str(demo.aligned), adapter=str(demo.adapter))
-    ours = ModelPool(torch.device("cpu")).packed("realigned", source, parse_scheme("w8a8"), demo_run / "model")
+    source = open_packed(str(demo_run / "model"))
+    ours = ModelPool(torch.device("cpu")).packed("realigned", source)
     theirs = AutoModelForCausalLM.from_pretrained(demo_run / "model", dtype=torch.float32).eval()
     encoder = ChatEncoder(source.tokenizer(), max_length=256)
     texts = [
