@@ -34,6 +34,7 @@ class HandOver:
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self.device))
         self._under_way.append(self._threads.submit(self._run, work, ready))
+        return [self._under_way[-1]]
 
     def wait(self, left: int = 0) -> None:
         """Return when all that was submitted is done, but for the `left` last pieces."""
