@@ -26,9 +26,9 @@ def _rounding(name: str, given: dict[str, bool], keys: tuple[str, ...], *, hot: 
         kernel=weights._fake_quant_edited_fwd_kernel,
         table="fake_quant_edited_fwd",
         types={"weight_ptr": "*bf16", "out_ptr": "*bf16"},
-        constants=_GRID | given | {"CODES": False},
+        constants=_GRID | given | {"CODES": False, "FULL": False},
         from_key=weights.row_tile_columns,
-        aligned=("K", "C"),
+        aligned=("N", "K", "C"),
         keys=keys,
         hot=hot,
     )
@@ -41,9 +41,9 @@ def _gradients(name: str, given: dict[str, bool], keys: tuple[str, ...], *, hot:
         kernel=gradients._weight_gradients_bwd_kernel,
         table="weight_gradients_bwd",
         types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
-        constants=_GRID | given | {"TO_WEIGHT": False},
+        constants=_GRID | given | {"TO_WEIGHT": False, "FULL": False},
         from_key=weights.row_tile_columns,
-        aligned=("K", "C"),
+        aligned=("N", "K", "C"),
         keys=keys,
         hot=hot,
     )
@@ -91,7 +91,7 @@ CASES = (
         | {"HAS_LOW": False, "HAS_HIGH": False, "HAS_COLUMN": False, "HAS_ROW": False}
         | {"HAS_EDIT": True, "CODES": True, "ONE_STEP": False},
         from_key=weights.edited_tile_rank,
-        aligned=("K", "C"),
+        aligned=("N", "K", "C"),
     ),
     _gradients("weight, gradients", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _NARROW),
     _gradients("weight, gradients of logits", _CLIPPED | {"TO_COLUMN": False, "TO_ROW": False}, _WIDE),

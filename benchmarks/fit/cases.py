@@ -12,7 +12,8 @@ import triton
 from qrealign_kernels import launches
 
 PARTS = ("benchmarks.fit.calibration",)  # each has CASES, a tuple of `Case`
-OPTIONS = ("num_warps", "num_stages")  # of a launch choice; all else in it is a constexpr argument
+OPTIONS = ("num_warps", "num_stages")  # of a launch choice; all else but HOST is a constexpr argument
+HOST = ("PROGRAMS",)  # of a launch choice; sizes the grid alone
 
 
 def no_constants(key: str) -> dict[str, int]:
