@@ -1,11 +1,11 @@
-"""A training batch in parts: when memory runs out the step starts again with parts of half the size."""
+"""A training batch in parts: of like lengths where padding costs more than a pass, smaller when memory runs out."""
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -32,11 +32,15 @@ class Parts:
     Args:
         size: items of the first attempt.
         reset: forgets what a failed attempt has added to the gradients.
+        split: divides a batch first, where that is worth it; None leaves it whole.
     """
 
-    def __init__(self, size: int, reset: Callable[[], None]) -> None:
+    def __init__(
+        self, size: int, reset: Callable[[], None], split: Callable[[Any], Sequence[Any]] | None = None
+    ) -> None:
         self.size = size
         self.reset = reset
+        self.split = split
 
     def run(self, work: Callable[[Batch], Result], items: Batch) -> list[Result]:
         """Return what `work` makes of each part of `items`, in order.
@@ -46,7 +50,11 @@ class Parts:
         """
         while True:
             try:
-                return [work(items[start : start + self.size]) for start in range(0, len(items), self.size)]
+                return [
+                    work(group[start : start + self.size])
+                    for group in ([items] if self.split is None else self.split(items))
+                    for start in range(0, len(group), self.size)
+                ]
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -64,3 +72,27 @@ class Parts:
             )
         self.size //= 2
         logger.warning("out of memory: going on with parts of %d prompts, the same result in more time", self.size)
+
+
+def by_length(items: Sequence[Batch], lengths: Sequence[int], overhead: int) -> list[list[Batch]]:
+    """Divide sequences into groups of like lengths, so that padding and passes together cost least.
+
+    A group costs its number of sequences times its longest, and `overhead`.
+
+    Args:
+        items: what is divided.
+        lengths: tokens of each.
+        overhead: what one more pass costs, in tokens.
+    """
+    order = sorted(range(len(items)), key=lengths.__getitem__)
+    best, start_of = [0], [0]  # of the sequences before each place: least cost, and where its last group starts
+    for stop in range(1, len(order) + 1):
+        longest = lengths[order[stop - 1]]
+        costs = [best[start] + (stop - start) * longest + overhead for start in range(stop)]
+        start_of.append(min(range(stop), key=costs.__getitem__))
+        best.append(costs[start_of[-1]])
+    groups, stop = [], len(order)
+    while stop:
+        groups.append([items[index] for index in order[start_of[stop] : stop]])
+        stop = start_of[stop]
+    return groups[::-1]

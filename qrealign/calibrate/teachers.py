@@ -130,7 +130,7 @@ def teach_recovery(
     refusals: Sequence[TeacherSample],
     *,
     share: float,
-    begun_tokens: int,
+    begun_tokens: tuple[int, int],
     seed: int,
     batch_size: int,
     progress: str | None,
@@ -145,17 +145,18 @@ def teach_recovery(
         encoder: its prompt encoder.
         refusals: what `teach_refusals` returned.
         share: how many to return, relative to `refusals`.
-        begun_tokens: most tokens of a begun answer; their number is drawn evenly from 1 on.
+        begun_tokens: fewest and most tokens of a begun answer; their number is drawn evenly.
         seed: seed of which refusals and how many tokens.
         batch_size: prompts answered at once.
         progress: text before the progress bar, None for no bar.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(refusals), generator=generator)[: round(share * len(refusals))].tolist()
-    lengths = torch.randint(1, begun_tokens + 1, (len(chosen),), generator=generator).tolist()
+    least, most = begun_tokens
+    lengths = torch.randint(least, most + 1, (len(chosen),), generator=generator).tolist()
     starts = [int(refusals[index].positions[0]) + 1 for index in chosen]
     heads = [refusals[index].input_ids[:start].tolist() for index, start in zip(chosen, starts, strict=True)]
-    begun = generate_ids(model, encoder, heads, max_new_tokens=begun_tokens, batch_size=batch_size, progress=progress)
+    begun = generate_ids(model, encoder, heads, max_new_tokens=most, batch_size=batch_size, progress=progress)
     samples = []
     for index, start, length, answer in zip(chosen, starts, lengths, begun, strict=True):
         refusal, opening = refusals[index], torch.tensor(answer[:length], dtype=torch.int64)
@@ -253,20 +254,19 @@ def _teach_rows(
     batch_size: int,
 ) -> list[TeacherSample]:
     """Run rows of ids through the teacher and keep its hidden states at the weighted positions."""
-    samples: list[TeacherSample] = []
+    samples: dict[int, TeacherSample] = {}
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # batches of like lengths hold little padding
     for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        batch = encoder.pad(part, side="right")
+        part = order[start : start + batch_size]
+        batch = encoder.pad([rows[index] for index in part], side="right")
         hidden = final_hidden(model, batch.input_ids.to(model.device), batch.attention_mask.to(model.device))
-        for index, (row, prompt_length) in enumerate(zip(part, prompt_lengths[start:], strict=False)):
-            positions, weights = weigh(prompt_length, len(row))
-            samples.append(
-                TeacherSample(
-                    label=label,
-                    input_ids=torch.tensor(row),
-                    positions=positions,
-                    weights=weights.float(),
-                    hidden=hidden[index, positions.to(hidden.device)].cpu().clone(),
-                )
+        for place, index in enumerate(part):
+            positions, weights = weigh(prompt_lengths[index], len(rows[index]))
+            samples[index] = TeacherSample(
+                label=label,
+                input_ids=torch.tensor(rows[index]),
+                positions=positions,
+                weights=weights.float(),
+                hidden=hidden[place, positions.to(hidden.device)].cpu().clone(),
             )
-    return samples
+    return [samples[index] for index in range(len(rows))]

@@ -10,6 +10,7 @@ from qrealign.calibrate.endtoend import EndToEndCalibrator
 from qrealign.calibrate.methods import method_settings
 from qrealign.calibrate.objectives import BehaviourObjective
 from qrealign.calibrate.parameters import BlockContext, Trainable
+from qrealign.calibrate.parts import by_length
 from qrealign.calibrate.readout import final_hidden, readout
 from qrealign.calibrate.teachers import TeacherCache, TeacherSample, teach_behaviour, teach_refusals
 from qrealign.config import parse_scheme
@@ -56,11 +57,12 @@ def student(model_type="llama", settings=SETTINGS, scheme="w8a8"):
     return model, Trainable(contexts)
 
 
-def calibrator(tmp_path, settings=SETTINGS, name="state"):
+def calibrator(tmp_path, settings=SETTINGS, name="state", **options):
     aligned, finetuned = (tiny_model("llama", seed=seed, vocab_size=TOKENIZER_VOCAB) for seed in (2, 1))
     model, trainable = student(settings=settings)
     objective = BehaviourObjective(cache_of(aligned, finetuned), settings, pad_id=0, device=model.device)
-    return EndToEndCalibrator(model, trainable, objective, settings, state_path=tmp_path / f"{name}.safetensors")
+    state = tmp_path / f"{name}.safetensors"
+    return EndToEndCalibrator(model, trainable, objective, settings, state_path=state, **options)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -111,18 +113,27 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
 
 def test_divergence_restores_halves_and_then_stops(tmp_path, monkeypatch):
     runner = calibrator(tmp_path)
-    original, calls = runner.objective.losses, {"bad": 1}
+    original, take, calls, taken = runner.objective.losses, runner._step, {"bad": 1}, []
+
+    def step(number):
+        taken.append(number)
+        return take(number)
 
     def losses(model, samples, counts):
         values = original(model, samples, counts)
-        if runner.curve and runner.curve[-1].step == 12 and calls["bad"]:
+        if taken[-1] == 13 and calls["bad"]:
             calls["bad"] -= 1
             values["benign"] = values["benign"] * float("nan")
         return values
 
+    monkeypatch.setattr(runner, "_step", step)
     monkeypatch.setattr(runner.objective, "losses", losses)
     curve = runner.run(progress=None)
     assert runner.trainable.rate_factor == 0.5 and [point.step for point in curve] == list(range(SETTINGS.steps))
+    assert taken == [
+        *range(20),
+        *range(10, SETTINGS.steps),
+    ]  # found when the losses are read, and taken back from there
     calls["bad"] = 10**6
     runner.state_path.unlink()
     runner.curve = []
@@ -149,6 +160,30 @@ def test_out_of_memory_goes_on_in_parts_with_the_same_result(tmp_path, monkeypat
     parts.state_path.unlink()
     with pytest.raises(DeviceError, match="does not hold one calibration prompt"):
         parts.run(progress=None)
+
+
+def test_a_cpu_groups_a_batch_by_length_with_the_same_gradients(tmp_path):
+    grouped, whole = calibrator(tmp_path), calibrator(tmp_path)
+    lengths = [len(sample.input_ids) for sample in grouped.objective.samples]
+    passes = []
+    compute = grouped.objective.losses
+    grouped.objective.losses = lambda model, part, counts: passes.append(len(part)) or compute(model, part, counts)
+    grouped.parts.split = lambda part: by_length(part, [grouped.objective.length(item) for item in part], overhead=0)
+    whole.parts.split = None
+    for engine in (grouped, whole):
+        engine.trainable.step = lambda: None  # the gradients stay to be compared
+        engine._step(0)
+    assert len(passes) == len({lengths[index] for index in grouped.schedule[0]}) > 1
+    for name, parameter in grouped.trainable.named.items():
+        other = whole.trainable.named[name].grad
+        torch.testing.assert_close(parameter.grad, other, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("overhead", "groups"), [(0, [[5, 5], [9], [100]]), (9, [[5, 5, 9], [100]]), (400, [[5, 5, 9, 100]])]
+)
+def test_groups_of_like_lengths_cost_least(overhead, groups):
+    assert by_length([100, 5, 9, 5], [100, 5, 9, 5], overhead) == groups
 
 
 def test_frozen_student_computes_what_was_trained(tmp_path):
