@@ -124,7 +124,7 @@ class BlockwiseCalibrator:
         return sum(self.steps_of(index) for index in range(block))
 
     def _blocks(self, source: ModelSource, model: PreTrainedModel, start: int) -> Generator[nn.Module, None, None]:
-        """Yield the blocks of a model; on a GPU the next one is read, and with enough memory loaded, beside the last."""
+        """Yield the blocks of a model; on a GPU the next is read, and loaded unless memory is low, meanwhile."""
         blocks = source.load_blocks(model, self.device, self.dtype, start=start, ahead=1)
         if self.device.type == "cpu" or self.low_memory:
             yield from blocks
