@@ -234,7 +234,7 @@ class BlockwiseCalibrator:
         before = list(self._delivered)
 
         def deliver() -> None:
-            self.on_block(index, frozen)
+            self.on_block(index, frozen.to("cpu"))  # one copy, however often it is looked at
             frozen.to("meta")
             if saves:
                 for earlier in before:  # a run that is continued skips every block before the saved one
