@@ -10,7 +10,6 @@ from qrealign_kernels import triton_weight_gradients as gradients
 _GRID = {"QMIN": -128, "QMAX": 127, "SYMMETRIC": True, "SCALE_KIND": 2, "MIN_SCALE": 2.0**-24}
 _ASYMMETRIC = {"QMIN": -8, "QMAX": 7, "SYMMETRIC": False, "SCALE_KIND": 0, "MIN_SCALE": 2.0**-24}
 _LEARNED = {"HAS_LOW": True, "HAS_HIGH": True, "HAS_COLUMN": True, "HAS_ROW": True}
-_CLIPPED = {"HAS_LOW": True, "HAS_HIGH": True, "HAS_COLUMN": False, "HAS_ROW": False}
 # Rows longer than 8,192 are those of down projections, which no scale per column is learned for.
 _NARROW, _WIDE, _WIDEST = ("128", "1024", "4096", "8192"), ("16384",), ("32768",)
 _TOKENS = {"CODES": True, "QMIN": -128, "QMAX": 127, "ZERO_SCALE": 2.0**-23}
@@ -94,9 +93,17 @@ CASES = (
         aligned=("N", "K", "C"),
     ),
     _gradients("weight, gradients", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _NARROW),
-    _gradients("weight, gradients of logits", _CLIPPED | {"TO_COLUMN": False, "TO_ROW": False}, _WIDE),
-    _gradients("weight, gradients, wide", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _WIDE, hot=False),
-    _gradients("weight, gradients, widest", _CLIPPED | {"TO_COLUMN": False, "TO_ROW": False}, _WIDEST, hot=False),
+    Case(
+        name="weight, gradients of logits",
+        kernel=gradients._bound_gradients_bwd_kernel,
+        table="bound_gradients_bwd",
+        types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
+        constants=_GRID | _LEARNED | {"TO_ROW": True, "FULL": True},
+        aligned=("N", "K", "C"),
+    ),
+    _gradients(
+        "weight, gradients, wide", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, (*_WIDE, *_WIDEST), hot=False
+    ),
     Case(
         name="product and gradients",
         kernel=gradients._product_gradients_bwd_kernel,
