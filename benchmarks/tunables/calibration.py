@@ -163,7 +163,7 @@ def backward_calls(rows: int, columns: int, arguments: dict[str, Any]) -> Calls:
     transform = WeightTransform(given.pop("column_scale", None), given.pop("row_divisor", None))
     wanted = frozenset(name for name, value in arguments.items() if isinstance(value, Tensor))
     grid = {name: given.pop(name) for name in ("num_bits", "group_size")}
-    shared = {"transform": transform, "symmetric": True, "scale_dtype": torch.bfloat16} | given | grid
+    shared: dict[str, Any] = {"transform": transform, "symmetric": True, "scale_dtype": torch.bfloat16} | given | grid
     calls: Calls = []
     for _ in range(rotations(4 * rows * columns)):
         weight = _randn(rows, columns) * 0.02
