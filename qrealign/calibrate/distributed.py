@@ -90,13 +90,6 @@ class Team:
             for row in zip(values, counts, strict=True)
         ]
 
-    def same(self, tensors: Iterable[Tensor]) -> None:
-        """Give every process the first one's values, in place: GPUs of different kinds round differently."""
-        if self.size > 1:
-            with _explained():
-                for tensor in tensors:
-                    dist.broadcast(tensor, src=0)
-
     def wait(self) -> None:
         """Return when every process has come here.
 
