@@ -171,7 +171,7 @@ def test_the_bytes_of_a_graph_grow_with_its_tokens_and_hold_no_parameters(source
     weights = sum(rows * columns for rows, columns in source.linear_shapes().values())  # float32, of one block in four
     assert kept[0] >= weights > 0.2 * weights > coded[0]  # the rounded weights, or none of them
     assert 0 < coded[1] < kept[1]  # codes instead of numbers
-    assert live_graphs() == before  # measuring leaves none behind
+    assert live_graphs() <= before  # measuring leaves none behind
 
 
 def test_preflight_says_what_a_step_moves(source, monkeypatch):
