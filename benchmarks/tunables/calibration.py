@@ -77,10 +77,10 @@ def bound_candidates(key: str) -> list[Choice]:
         {
             "BLOCK_N": (1, 2, 4, 8) if key == "rows" else (8, 16, 32, 64),
             "BLOCK_C": (256, 512, 1024) if key == "rows" else (128,),
-            "AHEAD": (1, 2, 3),
-            "num_warps": (2, 4, 8),
+            "AHEAD": (1, 3),
+            "num_warps": (1, 2, 4, 8),
         },
-        lambda choice: 4 <= choice["BLOCK_N"] * choice["BLOCK_C"] / (32 * choice["num_warps"]) <= 16,
+        lambda choice: 8 <= choice["BLOCK_N"] * choice["BLOCK_C"] / (32 * choice["num_warps"]) <= 16,
     )
 
 

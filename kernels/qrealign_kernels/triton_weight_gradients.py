@@ -123,6 +123,7 @@ def _reduce_tile(
     b_w = transformed_tile(b_raw, n, o_k, m_n, m_c, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL)
     to_divisor = tl.zeros(n.shape, tl.float32)
     if HAS_LOW or HAS_HIGH:
+        low_share, high_share = kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
         if HAS_EXTREMES:
             minimum = tl.load(extremes_ptr + group, mask=m_n, other=0.0)
             maximum = tl.load(extremes_ptr + N * G + group, mask=m_n, other=0.0)
@@ -130,7 +131,6 @@ def _reduce_tile(
             minimum, maximum = row_extremes(b_w)
             minimum = tl.minimum(minimum, 0.0)
             maximum = tl.maximum(maximum, 0.0)
-        low_share, high_share = kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
         low, high, raw_scale, scale, reciprocal, zero_point, low_steps, high_steps = weight_grid(
             minimum, maximum, low_share, high_share, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE
         )
