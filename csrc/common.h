@@ -101,6 +101,7 @@ void weight_gradient_rows(const float* grad, const float* rows, const Grid& grid
 
 // per_token.cpp
 void fake_quant_per_token(const float* x, float* fake, int64_t row_count, int64_t columns, CodeRange range, int threads);
+float quantize_token(const float* x, int8_t* codes, int64_t columns, CodeRange range);  // returns the scale
 void quantize_per_token(const float* x, int8_t* codes, float* scale, int64_t row_count, int64_t columns, CodeRange range,
                         int threads);
 

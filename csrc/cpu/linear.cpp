@@ -13,39 +13,46 @@ namespace {
 constexpr int64_t kStridePadding = 64;
 constexpr int kAmxTokens = 16;
 
-// The activations as the products read them: groups padded to whole quads, tokens to whole AMX tiles, and the sum of each group.
+// The activations as the products read them: groups padded to whole quads, tokens to whole AMX tiles.
 template <typename T, typename Sum>
 struct Activations {
   int64_t stride;
   std::unique_ptr<T[]> values;
-  std::unique_ptr<Sum[]> group_sums;  // [tokens][groups]
+  std::unique_ptr<Sum[]> group_sums;  // [tokens][groups]; null where nothing is subtracted
 };
 
-// Columns of x that meet the four bytes of a lane: as they come, or the even ones of eight first.
-QREALIGN_INLINE int64_t place_of(int64_t column, bool even_first) {
-  return even_first ? (column & ~7) | ((column & 1) << 2) | ((column & 7) >> 1) : column;
+QREALIGN_CLONES void widen(const uint16_t* bfloat16, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(bfloat16[i]) << 16;
+    std::memcpy(out + i, &bits, sizeof bits);
+  }
 }
 
-template <typename T, typename Sum>
-Activations<T, Sum> lay_out(const T* x, int64_t tokens, const PackedLinear& weight, bool even_first, int threads) {
+// `row(token, scratch)` gives the columns of a token, in scratch or elsewhere. With `even_first`, of eight columns the even
+// ones come first: they meet the low halves of a lane's four bytes.
+template <typename T, typename Sum, typename Row>
+Activations<T, Sum> lay_out(const Row& row, int64_t tokens, const PackedLinear& weight, bool even_first, bool sums, int threads) {
   const int64_t group_columns = weight.columns / weight.groups;
   const int64_t padded = weight.quads * (weight.num_bits == 4 ? 8 : 4);
   const int64_t padded_tokens = ceil_div(tokens, kAmxTokens) * kAmxTokens;
   const int64_t stride = padded * weight.groups + kStridePadding;
   Activations<T, Sum> result = {stride, std::unique_ptr<T[]>(new T[padded_tokens * stride]),
-                                std::unique_ptr<Sum[]>(new Sum[tokens * weight.groups])};
+                                std::unique_ptr<Sum[]>(sums ? new Sum[tokens * weight.groups] : nullptr)};
   std::memset(result.values.get() + tokens * stride, 0, sizeof(T) * (padded_tokens - tokens) * stride);
   parallel_for(tokens, weight.columns, threads, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<T[]> scratch(new T[weight.columns]);
     for (int64_t token = begin; token < end; ++token) {
+      const T* columns = row(token, scratch.get());
       for (int64_t group = 0; group < weight.groups; ++group) {
-        const T* from = x + token * weight.columns + group * group_columns;
+        const T* from = columns + group * group_columns;
         T* to = result.values.get() + token * stride + group * padded;
         if (padded != group_columns) std::memset(to, 0, sizeof(T) * padded);
         if (even_first) {
-          for (int64_t k = 0; k < group_columns; ++k) to[place_of(k, true)] = from[k];
+          for (int64_t k = 0; k < group_columns; ++k) to[(k & ~7) | ((k & 1) << 2) | ((k & 7) >> 1)] = from[k];
         } else {
           std::memcpy(to, from, sizeof(T) * group_columns);
         }
+        if (!sums) continue;
         Sum sum = 0;
         for (int64_t k = 0; k < group_columns; ++k) sum += from[k];
         result.group_sums[token * weight.groups + group] = sum;
@@ -114,7 +121,8 @@ QREALIGN_CLONES void add_tile(const Sum* sums, const Sum* group_sums, const Pack
     const int8_t* zero_point = weight.zero_point ? weight.zero_point + at : nullptr;
     for (int t = 0; t < tokens; ++t) {
       const int64_t tile = (block * kTileTokens + t) * kBlockRows;
-      add_scaled(sums + tile, group_sums[t * weight.groups + group], weight.scale + at, zero_point, offset, totals + tile);
+      const Sum group_sum = group_sums ? group_sums[t * weight.groups + group] : 0;
+      add_scaled(sums + tile, group_sum, weight.scale + at, zero_point, offset, totals + tile);
     }
   }
 }
@@ -143,7 +151,7 @@ void linear(const Activations<T, Sum>& x, int64_t tokens, const PackedLinear& we
         for (int64_t group = 0; group < groups; ++group) {
           product(shape, x.values.get() + token * x.stride + group * group_columns,
                   weight.codes + first_block * block_bytes + group * group_bytes, sums);
-          add_tile(sums, x.group_sums.get() + token * groups, weight, first_block, group, shape.blocks,
+          add_tile(sums, x.group_sums ? x.group_sums.get() + token * groups : nullptr, weight, first_block, group, shape.blocks,
                    shape.tokens, offset, totals);
         }
         store_tile(totals, weight, first_block * kBlockRows, shape.blocks, token, shape.tokens, x_scale, bias, out);
@@ -164,18 +172,33 @@ const DotKernels* find_dot_kernels(const char* name) {
   return nullptr;
 }
 
-void integer_linear(const DotKernels& kernels, const int8_t* x, const float* x_scale, int64_t tokens,
-                    const PackedLinear& weight, const float* bias, const LinearOutput& out, int threads) {
-  const bool four_bits = weight.num_bits == 4;
-  const auto laid_out = lay_out<int8_t, int32_t>(x, tokens, weight, four_bits, threads);
-  linear(laid_out, tokens, weight, four_bits ? 8 : 0, x_scale, bias, out, threads, four_bits ? kernels.int4 : kernels.int8);
+void integer_linear(const DotKernels& kernels, const Tokens& x, const PackedLinear& weight, const float* bias,
+                    const LinearOutput& out, int threads) {
+  const int64_t columns = weight.columns;
+  const bool four_bits = weight.num_bits == 4, given = x.kind == TokenKind::kCodes;
+  const CodeRange range = {-static_cast<float>(1 << (x.num_bits - 1)), static_cast<float>((1 << (x.num_bits - 1)) - 1)};
+  const std::unique_ptr<float[]> made(given ? nullptr : new float[x.count]);
+  const auto codes_of = [&](int64_t token, int8_t* scratch) -> const int8_t* {
+    if (given) return static_cast<const int8_t*>(x.values) + token * columns;
+    if (x.kind == TokenKind::kFloat32) {
+      made[token] = quantize_token(static_cast<const float*>(x.values) + token * columns, scratch, columns, range);
+    } else {
+      const std::unique_ptr<float[]> wide(new float[columns]);
+      widen(static_cast<const uint16_t*>(x.values) + token * columns, wide.get(), columns);
+      made[token] = quantize_token(wide.get(), scratch, columns, range);
+    }
+    return scratch;
+  };
+  const auto laid_out = lay_out<int8_t, int32_t>(codes_of, x.count, weight, four_bits, four_bits || weight.zero_point, threads);
+  linear(laid_out, x.count, weight, four_bits ? 8 : 0, given ? x.scale : made.get(), bias, out, threads,
+         four_bits ? kernels.int4 : kernels.int8);
 }
 
 void float_linear(const DotKernels& kernels, const float* x, int64_t tokens, const PackedLinear& weight, const float* bias,
                   const LinearOutput& out, int threads) {
-  const auto laid_out = lay_out<float, float>(x, tokens, weight, false, threads);
-  linear(laid_out, tokens, weight, 0, nullptr, bias, out, threads,
-         weight.num_bits == 4 ? kernels.float4 : kernels.float8);
+  const auto row = [&](int64_t token, float*) { return x + token * weight.columns; };
+  const auto laid_out = lay_out<float, float>(row, tokens, weight, false, weight.zero_point != nullptr, threads);
+  linear(laid_out, tokens, weight, 0, nullptr, bias, out, threads, weight.num_bits == 4 ? kernels.float4 : kernels.float8);
 }
 
 }  // namespace qrealign
