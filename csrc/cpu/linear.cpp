@@ -86,28 +86,37 @@ QREALIGN_INLINE uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>(x != x ? 0x7FC0u : rounded);
 }
 
+template <typename T>
+QREALIGN_INLINE void store(const T (&values)[kBlockRows], T* to, size_t rows) {
+  if (rows == kBlockRows) {
+    std::memcpy(to, values, sizeof values);  // of a size known at compile time: a register
+  } else {
+    std::memcpy(to, values, sizeof(T) * rows);
+  }
+}
+
 // A tile's outputs: totals * x_scale + bias, rounded once. Rows behind the last are computed and not stored.
 QREALIGN_CLONES void store_tile(const float* totals, const PackedLinear& weight, int64_t first_row, int blocks,
                                 int64_t first_token, int tokens, const float* x_scale, const float* bias,
                                 const LinearOutput& out) {
-  for (int block = 0; block < blocks; ++block) {
-    const int64_t row = first_row + block * kBlockRows;
-    const size_t rows = static_cast<size_t>(std::min<int64_t>(kBlockRows, weight.rows - row));
-    float shift[kBlockRows] = {};
-    if (bias) std::memcpy(shift, bias + row, sizeof(float) * rows);
-    for (int t = 0; t < tokens; ++t) {
+  float shifts[kTileBlocks * kBlockRows] = {};
+  if (bias) std::memcpy(shifts, bias + first_row, sizeof(float) * std::min<int64_t>(blocks * kBlockRows, weight.rows - first_row));
+  for (int t = 0; t < tokens; ++t) {
+    const float factor = x_scale ? x_scale[first_token + t] : 1.0f;
+    for (int block = 0; block < blocks; ++block) {
+      const int64_t row = first_row + block * kBlockRows, at = (first_token + t) * weight.rows + row;
+      const size_t rows = static_cast<size_t>(std::min<int64_t>(kBlockRows, weight.rows - row));
       const float* from = totals + (block * kTileTokens + t) * kBlockRows;
-      const float factor = x_scale ? x_scale[first_token + t] : 1.0f;
-      const int64_t at = (first_token + t) * weight.rows + row;
+      const float* shift = shifts + block * kBlockRows;
       float values[kBlockRows];
       for (int i = 0; i < kBlockRows; ++i) values[i] = from[i] * factor + shift[i];
-      if (!out.bfloat16) {
-        std::memcpy(static_cast<float*>(out.values) + at, values, sizeof(float) * rows);
-        continue;
+      if (out.bfloat16) {
+        uint16_t rounded[kBlockRows];
+        for (int i = 0; i < kBlockRows; ++i) rounded[i] = to_bfloat16(values[i]);
+        store(rounded, static_cast<uint16_t*>(out.values) + at, rows);
+      } else {
+        store(values, static_cast<float*>(out.values) + at, rows);
       }
-      uint16_t rounded[kBlockRows];
-      for (int i = 0; i < kBlockRows; ++i) rounded[i] = to_bfloat16(values[i]);
-      std::memcpy(static_cast<uint16_t*>(out.values) + at, rounded, sizeof(uint16_t) * rows);
     }
   }
 }
@@ -135,22 +144,29 @@ void linear(const Activations<T, Sum>& x, int64_t tokens, const PackedLinear& we
   const int64_t code_sum_bytes = weight.num_bits == 8 ? kBlockRows * sizeof(int32_t) : 0;
   const int64_t group_bytes = weight.quads * kQuadBytes + code_sum_bytes, block_bytes = groups * group_bytes;
   const int64_t group_columns = weight.quads * (weight.num_bits == 4 ? 8 : 4);
-  const int64_t panels = ceil_div(blocks, kTileBlocks);
+  const int64_t panels = ceil_div(blocks, kTileBlocks), panel_bytes = kTileBlocks * block_bytes;
+  const int64_t ahead_bytes = panel_bytes / (ceil_div(tokens, kTileTokens) * groups);
   parallel_for(panels, kTileBlocks * kBlockRows * weight.columns * tokens, threads, [&](int64_t begin, int64_t end) {
     alignas(64) Sum sums[kTileSize];
     alignas(64) float totals[kTileSize];
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t first_block = panel * kTileBlocks;
       for (int64_t token = 0; token < tokens; token += kTileTokens) {
-        const DotShape shape = {static_cast<int>(std::min<int64_t>(kTileTokens, tokens - token)),
-                                static_cast<int>(std::min<int64_t>(kTileBlocks, blocks - first_block)), weight.quads,
-                                x.stride, block_bytes};
+        const uint8_t* panel_codes = weight.codes + first_block * block_bytes;
+        DotShape shape = {static_cast<int>(std::min<int64_t>(kTileTokens, tokens - token)),
+                          static_cast<int>(std::min<int64_t>(kTileBlocks, blocks - first_block)),
+                          weight.quads,
+                          x.stride,
+                          block_bytes,
+                          panel_codes + panel_bytes + token / kTileTokens * groups * ahead_bytes,
+                          panel + 1 < panels ? ahead_bytes : 0};
         for (int block = 0; block < shape.blocks; ++block) {
           std::memset(totals + block * kTileTokens * kBlockRows, 0, sizeof(float) * shape.tokens * kBlockRows);
         }
         for (int64_t group = 0; group < groups; ++group) {
           product(shape, x.values.get() + token * x.stride + group * group_columns,
-                  weight.codes + first_block * block_bytes + group * group_bytes, sums);
+                  panel_codes + group * group_bytes, sums);
+          shape.ahead += ahead_bytes;
           add_tile(sums, x.group_sums ? x.group_sums.get() + token * groups : nullptr, weight, first_block, group, shape.blocks,
                    shape.tokens, offset, totals);
         }

@@ -27,6 +27,8 @@ struct DotShape {
   int64_t quads;
   int64_t token_stride;  // elements of x between tokens
   int64_t block_stride;  // bytes of weight between blocks
+  const uint8_t* ahead;  // weights that calls after this one read: to be brought near meanwhile, `ahead_bytes` of them
+  int64_t ahead_bytes;
 };
 
 // The products on one instruction set. All sets give the same bits: integer sums are exact, and those of floats add one column
