@@ -41,6 +41,7 @@ constexpr float kZeroScaleReplacement = 1.1920928955078125e-07f;  // float32 eps
 // Sixteen partial results of a row's reduction: the same ones on every instruction set, so sums have the same bits.
 constexpr int kLanes = 16;
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t IntLanes __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 QREALIGN_INLINE Lanes load_lanes(const float* p) {
   Lanes lanes;

@@ -9,6 +9,8 @@
 namespace qrealign {
 namespace {
 
+static_assert(kBlockRows == kLanes, "a block's rows are one vector");
+
 // 16 tokens at strides of a power of two would share a few sets of the cache.
 constexpr int64_t kStridePadding = 64;
 constexpr int kAmxTokens = 16;
@@ -79,19 +81,22 @@ QREALIGN_INLINE void add_scaled(const float* sums, float group_sum, const float*
   }
 }
 
-QREALIGN_INLINE uint16_t to_bfloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>(x != x ? 0x7FC0u : rounded);
+typedef uint16_t Halves __attribute__((vector_size(kBlockRows * sizeof(uint16_t))));
+
+// Rounds to bfloat16, ties to even; NaN stays.
+QREALIGN_INLINE Halves to_bfloat16(Lanes values) {
+  IntLanes bits;
+  std::memcpy(&bits, &values, sizeof bits);
+  const IntLanes rounded = bits + 0x7FFF + ((bits >> 16) & 1);
+  return __builtin_convertvector((values == values ? rounded : IntLanes{} + 0x7FC00000) >> 16, Halves);
 }
 
-template <typename T>
-QREALIGN_INLINE void store(const T (&values)[kBlockRows], T* to, size_t rows) {
+template <typename Vector>
+QREALIGN_INLINE void store(const Vector& values, void* to, size_t rows) {
   if (rows == kBlockRows) {
-    std::memcpy(to, values, sizeof values);  // of a size known at compile time: a register
+    std::memcpy(to, &values, sizeof values);  // of a size known at compile time: a register
   } else {
-    std::memcpy(to, values, sizeof(T) * rows);
+    std::memcpy(to, &values, sizeof values / kBlockRows * rows);
   }
 }
 
@@ -107,13 +112,9 @@ QREALIGN_CLONES void store_tile(const float* totals, const PackedLinear& weight,
       const int64_t row = first_row + block * kBlockRows, at = (first_token + t) * weight.rows + row;
       const size_t rows = static_cast<size_t>(std::min<int64_t>(kBlockRows, weight.rows - row));
       const float* from = totals + (block * kTileTokens + t) * kBlockRows;
-      const float* shift = shifts + block * kBlockRows;
-      float values[kBlockRows];
-      for (int i = 0; i < kBlockRows; ++i) values[i] = from[i] * factor + shift[i];
+      const Lanes values = load_lanes(from) * factor + load_lanes(shifts + block * kBlockRows);
       if (out.bfloat16) {
-        uint16_t rounded[kBlockRows];
-        for (int i = 0; i < kBlockRows; ++i) rounded[i] = to_bfloat16(values[i]);
-        store(rounded, static_cast<uint16_t*>(out.values) + at, rows);
+        store(to_bfloat16(values), static_cast<uint16_t*>(out.values) + at, rows);
       } else {
         store(values, static_cast<float*>(out.values) + at, rows);
       }

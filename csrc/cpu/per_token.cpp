@@ -21,7 +21,8 @@ QREALIGN_INLINE float scale_of(const float* row, int64_t columns, CodeRange rang
   return scale == 0.0f ? kZeroScaleReplacement : scale;
 }
 
-QREALIGN_INLINE float code_of(float x, float scale, CodeRange range) {
+template <typename T>
+QREALIGN_INLINE T code_of(T x, float scale, CodeRange range) {
   return clip(round_half_even(x / scale), range.qmin, range.qmax);
 }
 
@@ -38,7 +39,14 @@ QREALIGN_CLONES void fake_range(const float* x, float* fake, int64_t begin, int6
 
 QREALIGN_CLONES float quantize_token(const float* x, int8_t* codes, int64_t columns, CodeRange range) {
   const float scale = scale_of(x, columns, range);
-  for (int64_t k = 0; k < columns; ++k) codes[k] = static_cast<int8_t>(static_cast<int32_t>(code_of(x[k], scale, range)));
+  typedef int8_t Codes __attribute__((vector_size(kLanes)));
+  int64_t k = 0;
+  for (; k + kLanes <= columns; k += kLanes) {
+    const Lanes rounded = code_of(load_lanes(x + k), scale, range);
+    const Codes lanes = __builtin_convertvector(__builtin_convertvector(rounded, IntLanes), Codes);
+    std::memcpy(codes + k, &lanes, sizeof lanes);
+  }
+  for (; k < columns; ++k) codes[k] = static_cast<int8_t>(static_cast<int32_t>(code_of(x[k], scale, range)));
   return scale;
 }
 
