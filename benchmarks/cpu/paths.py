@@ -102,7 +102,7 @@ def _int4pack(layer: Layer) -> Call:
     return partial(torch.ops.aten._weight_int4pack_mm_for_cpu, layer.x, *rest)
 
 
-# Family -> path -> how to prepare it. Ours begin with "qrealign"; those whose name says "codes given" do less than ours.
+# Family -> path -> how to prepare it. Ours begin with "qrealign".
 PATHS: Mapping[str, Mapping[str, Callable[[Layer], Call]]] = {
     "int8": {
         "qrealign w8a8": partial(_ours, num_bits=8, activation_bits=8),

@@ -86,7 +86,7 @@ def _launch_for(
 ) -> launches.Choice | None:
     """Return the launch for these operands, or None where the kernels do not take them or are not the fastest."""
     tokens = out.shape[0]
-    if _C is None or not out.is_cuda or tokens > MAX_TOKENS or weight.shape[1] % _COLUMNS:
+    if _C is None or not _on_gpu(out) or tokens > MAX_TOKENS or weight.shape[1] % _COLUMNS:
         return None
     dtypes = {out.dtype, out.dtype if bias is None else bias.dtype, x.dtype if isinstance(x, Tensor) else out.dtype}
     if len(dtypes) > 1 or torch.float32 in dtypes:
@@ -98,3 +98,7 @@ def _launch_for(
     else:
         return None
     return launches.find(kernel, f"m{1 << (tokens - 1).bit_length()}", out.device)
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
