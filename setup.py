@@ -140,6 +140,7 @@ setup(
         "qrealign": ["py.typed"],
         "qrealign.demo": ["**/*.safetensors", "**/*.json", "**/*.jsonl", "**/*.gz", "**/*.jinja"],
         "qrealign.report": ["**/*.html", "**/*.css", "**/*.js"],
+        "qrealign.serve": ["page/*"],
         "qrealign_kernels": ["py.typed", "*.pyi", "launch_tables/*.json"],
     },
     include_package_data=False,

@@ -13,7 +13,7 @@ from benchmarks.fit.cases import all_cases, builds
 from benchmarks.fit.compiling import TARGETS, Fit, compile_all
 
 NARROWEST = 89  # has the least shared memory and registers for its warps: every launch choice is compiled for it
-FIT = Fit("fake_quant_per_token_fwd", "default", "2048", 89, 8, 64, 1024, 0)
+FIT = Fit("token, codes", "default", "4096", 89, 8, 64, 1024, 0)
 
 
 def test_kernels_compile_and_fit(request: pytest.FixtureRequest) -> None:
@@ -35,7 +35,7 @@ def test_kernels_compile_and_fit(request: pytest.FixtureRequest) -> None:
 
 def test_a_failure_ends_the_compilation_with_its_words() -> None:
     with pytest.raises(RuntimeError, match="no-such-key"):
-        compile_all([("fake_quant_per_token_fwd", "default", "no-such-key", 89)])
+        compile_all([("token, codes", "default", "no-such-key", 89)])
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qrealign_kernels as kernels
-from qrealign_kernels import reference_linear, triton_linear
+from qrealign_kernels import launches, reference_linear
 from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
 
 
@@ -131,11 +131,10 @@ def test_a_token_of_zeros_gives_the_bias() -> None:
 
 @pytest.mark.parametrize("tokens", [2, 9])
 @pytest.mark.parametrize("recipe", [RECIPES[2], RECIPES[1]], ids=str)
-def test_many_tokens_meet_a_dequantized_copy(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, tokens: int) -> None:
-    """The path for many tokens, at few: which one is taken is a matter of speed."""
-    monkeypatch.setattr(triton_linear, "FEW", 0)
-    monkeypatch.setattr(triton_linear, "LIBRARY", 8)
-    with kernels.use_backend("triton"):
+def test_routes_for_more_tokens(recipe: Recipe, tokens: int) -> None:
+    """Tiles and a dequantized copy, at few tokens: which one is taken is a matter of speed."""
+    routes = {"INT8_FEW": 0, "INT4_FEW": 0, "INT4_TILE": 8}
+    with kernels.use_backend("triton"), launches.forced("linear_routes", routes):
         packed, plain = repack_both(recipe, *random_weight(recipe, 33, 384))
         x, bias = torch.randn(tokens, 384).half(), torch.randn(33)
         expected = reference_linear.packed_linear_ref(x, plain, bias, torch.float16)

@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibrate": FOUNDATION | {"data", "judges", "models", "probes.probe", "quant"},
     "repair": FOUNDATION | {"data", "models"},
     "pack": FOUNDATION | {"models", "quant", "qrealign_kernels"},
+    "deploy": FOUNDATION | {"data.generate", "models", "pack", "qrealign_kernels"},
     "report": FOUNDATION,
     "demo": FOUNDATION | {"data", "evaluate", "judges", "models", "quant"},
     "pipeline": FOUNDATION
@@ -38,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         "calibrate",
         "data",
         "demo",
+        "deploy",
         "evaluate",
         "judges",
         "models",
@@ -49,6 +51,7 @@ ALLOWED: dict[str, set[str]] = {
         "report",
     },
     "assess": FOUNDATION | {"data", "demo", "evaluate", "judges", "models", "pack.source", "pipeline.models", "report"},
+    "serve": FOUNDATION | {"data", "deploy", "models", "pack.source", "report.theme"},
     "evaluate.__main__": {"assess.main"},
     "cli": FOUNDATION | {"calibrate.methods", "pipeline.methods", "pipeline.options", "repair.settings"},
     "doctor": {"qrealign_kernels"},
@@ -71,7 +74,16 @@ EXEMPT: dict[str, set[str]] = {
 # The rules of `judges` are used everywhere, by processes that hold no model: they import nothing but each other.
 RULES = ("degeneracy", "interface", "refusal", "text")
 # Packages that a few rooms alone import.
-ONLY_IN = {"datasets": {"data"}, "lm_eval": {"evaluate"}, "sklearn": {"judges", "probes"}}
+ONLY_IN = {
+    "datasets": {"data"},
+    "fastapi": {"serve"},
+    "lm_eval": {"evaluate"},
+    "prometheus_client": {"serve"},
+    "pydantic": {"serve"},
+    "sklearn": {"judges", "probes"},
+    "starlette": {"serve"},
+    "uvicorn": {"serve"},
+}
 
 
 def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
