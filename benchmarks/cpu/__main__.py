@@ -60,7 +60,7 @@ def measure(rows: int, columns: int, tokens: int, seconds: float) -> list[Timing
                 call = prepare(layer)
                 call()
             except (RuntimeError, NotImplementedError) as error:
-                print(f"{name}: {str(error).splitlines()[0]}", file=sys.stderr)
+                print(f"{name}: {next(iter(str(error).splitlines()), error)}", file=sys.stderr)
                 continue
             calls[family, name] = call
     times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}

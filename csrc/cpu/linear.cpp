@@ -141,6 +141,7 @@ QREALIGN_CLONES void add_tile(const Sum* sums, const Sum* group_sums, const Pack
 template <typename T, typename Sum, typename Product>
 void linear(const Activations<T, Sum>& x, int64_t tokens, const PackedLinear& weight, int32_t offset, const float* x_scale,
             const float* bias, const LinearOutput& out, int threads, const Product& product) {
+  if (tokens == 0) return;
   const int64_t blocks = ceil_div(weight.rows, kBlockRows), groups = weight.groups;
   const int64_t code_sum_bytes = weight.num_bits == 8 ? kBlockRows * sizeof(int32_t) : 0;
   const int64_t group_bytes = weight.quads * kQuadBytes + code_sum_bytes, block_bytes = groups * group_bytes;

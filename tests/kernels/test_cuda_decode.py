@@ -14,7 +14,7 @@ import qrealign_kernels as kernels
 from qrealign_kernels import cuda, launches, layouts, reference_linear
 from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
 
-LAUNCH = {"WARPS": 8, "ROW_TILES": 1, "STAGES": 2, "OVERLAP": 0}
+LAUNCH = {"WARPS": 8, "ROW_TILES": 1, "STAGES": 2}
 CUT = (8, 1, 2, False)
 STREAM = 7
 
@@ -143,7 +143,7 @@ class TestOnGpu:
         (13, 77, 1072, 1),
         (16, 33, 512, 4),
     )
-    LAUNCHES = ((8, 1, 2, 1), (4, 1, 2, 0), (8, 2, 2, 0), (16, 1, 2, 1))
+    LAUNCHES = ((8, 1, 2), (4, 1, 2), (8, 2, 2), (16, 1, 2))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("asymmetric", [False, True])
