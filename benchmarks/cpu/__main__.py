@@ -107,7 +107,7 @@ def table(timings: Sequence[Timing]) -> str:
         found = [cells.get((family, path, *column)) for column in columns]
         name = f"**{path}**" if path.startswith("qrealign") else path
         lines.append([family, name, *("" if t is None else f"{t.p50:.2f}" for t in found)])
-    header = ["weights", "path", *(f"{rows}×{k}, M = {tokens}" for rows, k, tokens in columns)]
+    header = ["weights", "path", *(f"{rows}x{k}, M = {tokens}" for rows, k, tokens in columns)]
     return markdown_table(header, lines, "ll" + "r" * len(columns))
 
 
