@@ -234,11 +234,11 @@ class ModelPool:
             stream_blocks(model, source, self.device, self.dtype, loader=load, stream=stream)
             return model
         if load is None:
-            for _ in source.load_blocks(model, self.device, self.dtype):
-                pass
+            blocks = source.load_blocks(model, self.device, self.dtype)
         else:
-            for index in range(source.num_blocks):
-                for layer in quantized_linears(load(model, index)).values():
-                    layer.keep_dense(self.dtype)
+            blocks = (load(model, index) for index in range(source.num_blocks))
+        for block in blocks:
+            for layer in quantized_linears(block).values():
+                layer.keep_dense(self.dtype)
         self._kept[name] = model
         return model
