@@ -10,19 +10,78 @@ from qrealign_kernels import triton_weight_gradients as gradients
 _GRID = {"QMIN": -128, "QMAX": 127, "SYMMETRIC": True, "SCALE_KIND": 2, "MIN_SCALE": 2.0**-24}
 _ASYMMETRIC = {"QMIN": -8, "QMAX": 7, "SYMMETRIC": False, "SCALE_KIND": 0, "MIN_SCALE": 2.0**-24}
 _LEARNED = {"HAS_LOW": True, "HAS_HIGH": True, "HAS_COLUMN": True, "HAS_ROW": True}
+_CLIPPED = {"HAS_LOW": True, "HAS_HIGH": True, "HAS_COLUMN": False, "HAS_ROW": False}
+# Rows longer than 8,192 are those of down projections, which no scale per column is learned for.
+_NARROW, _WIDE, _WIDEST = ("128", "1024", "4096", "8192"), ("16384",), ("32768",)
 _TOKENS = {"CODES": True, "QMIN": -128, "QMAX": 127, "ZERO_SCALE": 2.0**-23}
 _CODED = {"out_ptr": "*i8", "zero_point_ptr": "*i8"}
+_MANY = (*_NARROW, *_WIDE)
+_FEW = tuple(f"{key}-few" for key in _NARROW)
 
-CASES = (
-    Case(
-        name="weight, rounded",
+
+def _rounding(name: str, given: dict[str, bool], keys: tuple[str, ...], *, hot: bool = True) -> Case:
+    """Return the case of rounding a bfloat16 weight to bfloat16."""
+    return Case(
+        name=name,
         kernel=weights._fake_quant_edited_fwd_kernel,
         table="fake_quant_edited_fwd",
         types={"weight_ptr": "*bf16", "out_ptr": "*bf16"},
-        constants=_GRID | _LEARNED | {"CODES": False},
+        constants=_GRID | given | {"CODES": False, "FULL": False},
         from_key=weights.row_tile_columns,
-        aligned=("K", "C"),
-    ),
+        aligned=("N", "K", "C"),
+        keys=keys,
+        hot=hot,
+    )
+
+
+def _gradients(name: str, given: dict[str, bool], keys: tuple[str, ...], *, hot: bool = True) -> Case:
+    """Return the case of reducing a bfloat16 gradient."""
+    return Case(
+        name=name,
+        kernel=gradients._weight_gradients_bwd_kernel,
+        table="weight_gradients_bwd",
+        types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
+        constants=_GRID | given | {"TO_WEIGHT": False, "FULL": False},
+        from_key=weights.row_tile_columns,
+        aligned=("N", "K", "C"),
+        keys=keys,
+        hot=hot,
+    )
+
+
+def _gate(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Case:
+    """Return the case of gating and quantizing bfloat16 tokens."""
+    return Case(
+        name=name,
+        kernel=activations._silu_mul_quantize_fwd_kernel,
+        table="silu_mul_quantize",
+        types={"gate_ptr": "*bf16", "up_ptr": "*bf16", "out_ptr": "*i8"},
+        constants=_TOKENS | {"KIND": 2},
+        from_key=activations.token_columns,
+        aligned=("C", "stride_gr", "stride_ur"),
+        keys=keys,
+        hot=hot,
+    )
+
+
+def _norm_gradients(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Case:
+    """Return the case of the backward of a norm of bfloat16 tokens."""
+    floats = ("grad_ptr", "x_ptr", "weight_ptr", "grad_x_ptr")
+    return Case(
+        name=name,
+        kernel=activations._rms_norm_bwd_kernel,
+        table="rms_norm_bwd",
+        types=dict.fromkeys(floats, "*bf16") | {"eps": "fp32", "offset": "fp32"},
+        from_key=activations.token_columns,
+        aligned=("C", "stride_xr"),
+        keys=keys,
+        hot=hot,
+    )
+
+
+CASES = (
+    _rounding("weight, rounded", _LEARNED, _MANY),
+    _rounding("weight, rounded, widest", _LEARNED, _WIDEST, hot=False),
     Case(
         name="weight with an edit, codes",
         kernel=weights._fake_quant_edited_steps_fwd_kernel,
@@ -32,17 +91,12 @@ CASES = (
         | {"HAS_LOW": False, "HAS_HIGH": False, "HAS_COLUMN": False, "HAS_ROW": False}
         | {"HAS_EDIT": True, "CODES": True, "ONE_STEP": False},
         from_key=weights.edited_tile_rank,
-        aligned=("K", "C"),
+        aligned=("N", "K", "C"),
     ),
-    Case(
-        name="weight, gradients",
-        kernel=gradients._weight_gradients_bwd_kernel,
-        table="weight_gradients_bwd",
-        types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
-        constants=_GRID | _LEARNED | {"TO_COLUMN": True, "TO_ROW": True, "TO_WEIGHT": False},
-        from_key=weights.row_tile_columns,
-        aligned=("K", "C"),
-    ),
+    _gradients("weight, gradients", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _NARROW),
+    _gradients("weight, gradients of logits", _CLIPPED | {"TO_COLUMN": False, "TO_ROW": False}, _WIDE),
+    _gradients("weight, gradients, wide", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _WIDE, hot=False),
+    _gradients("weight, gradients, widest", _CLIPPED | {"TO_COLUMN": False, "TO_ROW": False}, _WIDEST, hot=False),
     Case(
         name="product and gradients",
         kernel=gradients._product_gradients_bwd_kernel,
@@ -69,24 +123,10 @@ CASES = (
         from_key=activations.token_columns,
         aligned=("C", "stride_xr"),
     ),
-    Case(
-        name="gate and token, codes",
-        kernel=activations._silu_mul_quantize_fwd_kernel,
-        table="silu_mul_quantize",
-        types={"gate_ptr": "*bf16", "up_ptr": "*bf16", "out_ptr": "*i8"},
-        constants=_TOKENS | {"KIND": 2},
-        from_key=activations.token_columns,
-        aligned=("C", "stride_gr", "stride_ur"),
-    ),
-    Case(
-        name="RMS norm, gradients",
-        kernel=activations._rms_norm_bwd_kernel,
-        table="rms_norm_bwd",
-        types={name: "*bf16" for name in ("grad_ptr", "x_ptr", "weight_ptr", "grad_x_ptr")}
-        | {"eps": "fp32", "offset": "fp32"},
-        from_key=activations.token_columns,
-        aligned=("C", "stride_xr"),
-    ),
+    _gate("gate and token, codes", (*_FEW, *_MANY)),
+    _gate("gate and token, codes, widest", _WIDEST, hot=False),
+    _norm_gradients("RMS norm, gradients", (*_FEW, *_NARROW)),
+    _norm_gradients("RMS norm, gradients, wide", (*_WIDE, *_WIDEST), hot=False),
     Case(
         name="gate, gradients",
         kernel=activations._silu_mul_bwd_kernel,

@@ -54,14 +54,19 @@ def weight_candidates(key: str) -> list[Choice]:
     """Return tiles of whole groups: many rows of short ones, one row of long ones."""
     width, short = int(key), int(key) <= 1024
     return grid(
-        {
-            "BLOCK_N": (16, 32, 64) if short else (1,),
-            "STEPS": (1, 4, 16),
-            "AHEAD": (1, 2),
-            "num_warps": (4, 8) if short else (4, 8, 16, 32),
-        },
-        lambda choice: _held(choice, width, "BLOCK_N") and (choice["AHEAD"] == 1 or choice["STEPS"] > 2),
+        {"BLOCK_N": (8, 16, 32, 64) if short else (1, 2), "num_warps": (1, 2, 4, 8) if short else (4, 8, 16, 32)},
+        lambda choice: _held(choice, width, "BLOCK_N"),
     )
+
+
+def gradient_candidates(key: str) -> list[Choice]:
+    """Return the same tiles with how many programs share the rows, and whether a program loads a tile ahead."""
+    return [
+        choice | {"AHEAD": ahead, "PROGRAMS": programs}
+        for choice in weight_candidates(key)
+        for ahead in (1, 2)
+        for programs in (264, 528, 1 << 20)
+    ]
 
 
 def edited_candidates(key: str) -> list[Choice]:
@@ -201,7 +206,7 @@ def gate_calls(tokens: int, columns: int) -> Calls:
 
 TUNABLES = (
     Tunable(name="fake_quant_edited_fwd", keys=WEIGHTS, candidates=weight_candidates, make_calls=forward_calls),
-    Tunable(name="weight_gradients_bwd", keys=WEIGHTS, candidates=weight_candidates, make_calls=gradient_calls),
+    Tunable(name="weight_gradients_bwd", keys=WEIGHTS, candidates=gradient_candidates, make_calls=gradient_calls),
     Tunable(name="fake_quant_edited_steps_fwd", keys=EDITED, candidates=edited_candidates, make_calls=edited_calls),
     Tunable(
         name="product_gradients_bwd",

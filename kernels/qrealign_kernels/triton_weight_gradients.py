@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qrealign_kernels import launches
-from qrealign_kernels.reference import MIN_SCALE, code_range, kept_share
+from qrealign_kernels.reference import MIN_SCALE, code_range
 from qrealign_kernels.reference_calibration import (
     WeightGradients,
     WeightTransform,
@@ -23,8 +23,29 @@ from qrealign_kernels.reference_calibration import (
     transformed_weight,
 )
 from qrealign_kernels.triton_common import LARGEST_WIDTH, on_device_of, tile_width
-from qrealign_kernels.triton_math import FLOAT_KINDS, FP_FUSION, clip, convert
-from qrealign_kernels.triton_weight import as_float, code_steps, kept_shares, row_tile, transformed_tile, weight_grid
+from qrealign_kernels.triton_math import (
+    FLOAT_KINDS,
+    FP_FUSION,
+    clip,
+    divide,
+    load_tile,
+    round_half_even,
+    row_extremes,
+    row_sums_2,
+    row_sums_3,
+    row_sums_4,
+    store_tile,
+)
+from qrealign_kernels.triton_weight import (
+    as_float,
+    is_full,
+    kept_shares,
+    row_tile,
+    share_source,
+    step_bounds,
+    transformed_tile,
+    weight_grid,
+)
 
 # Where the product is reduced as it is made; docs/kernels.md has the measurements.
 WIDEST_IN_PRODUCT = 128
@@ -33,67 +54,78 @@ MOST_TOKENS_IN_PRODUCT = 256
 
 @triton.jit
 def _reduce_tile(
-    b_g, b_raw, n, o_k, m_n, m_c, g, N, K, C,
-    low_share_ptr, high_share_ptr, column_scale_ptr, row_divisor_ptr,
+    b_g, b_raw, n, o_k, m_n, m_c, g, first, offsets, N, K, G,
+    low_ptr, high_ptr, column_scale_ptr, row_divisor_ptr,
     grad_low_ptr, grad_high_ptr, grad_divisor_ptr, grad_edited_ptr,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
     TO_COLUMN: tl.constexpr, TO_ROW: tl.constexpr, TO_WEIGHT: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr, MIN_SCALE: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
     """Reduce the gradient of a tile of whole groups; store all but what goes to the column scale.
 
     Returns the tile's gradient over the row divisor: times the weight, it is what goes to the column scale.
     """
-    group = n * (K // C) + g
-    offsets = n[:, None] * K + o_k[None, :]
+    group = n * G + g
     mask = m_n[:, None] & m_c[None, :]
-    b_w = transformed_tile(b_raw, n, o_k, m_n, m_c, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW)
+    b_w = transformed_tile(b_raw, n, o_k, m_n, m_c, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL)
+    to_divisor = tl.zeros(n.shape, tl.float32)
     if HAS_LOW or HAS_HIGH:
-        minimum = tl.minimum(tl.min(b_w, axis=1), 0.0)
-        maximum = tl.maximum(tl.max(b_w, axis=1), 0.0)
-        low_share, high_share = kept_shares(low_share_ptr, high_share_ptr, group, m_n, HAS_LOW, HAS_HIGH)
-        low, high, raw_scale, scale, zero_point = weight_grid(
+        minimum, maximum = row_extremes(b_w)
+        minimum = tl.minimum(minimum, 0.0)
+        maximum = tl.maximum(maximum, 0.0)
+        low_share, high_share = kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
+        low, high, raw_scale, scale, reciprocal, zero_point, low_steps, high_steps = weight_grid(
             minimum, maximum, low_share, high_share, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE
         )
-        steps = code_steps(
-            b_w, low[:, None], high[:, None], scale[:, None], zero_point[:, None], QMIN, QMAX, SCALE_KIND
-        )
-        # What a code's error gives to the scale: at a clipped weight the error of its bound.
-        error = steps * scale[:, None] - clip(b_w, low[:, None], high[:, None])
-        grad_scale = tl.div_rn(tl.sum(b_g * error, axis=1), scale)
-        below = b_w < low[:, None]
-        above = b_w > high[:, None]
-        grad_low = tl.sum(tl.where(below, b_g, 0.0), axis=1)
-        grad_high = tl.sum(tl.where(above, b_g, 0.0), axis=1)
+        lowest, highest = step_bounds(low_steps, high_steps, zero_point, QMIN, QMAX)
+        b_quotient = divide(b_w, scale[:, None], reciprocal[:, None], SCALE_KIND == 0)
+        b_error = clip(round_half_even(b_quotient), lowest[:, None], highest[:, None]) - b_quotient
+        b_low = tl.where(b_w < low[:, None], b_g, 0.0)
+        b_high = tl.where(b_w > high[:, None], b_g, 0.0)
+        b_g = tl.where((b_w < low[:, None]) | (b_w > high[:, None]), 0.0, b_g)
+        if TO_ROW:
+            grad_scale, grad_low, grad_high, to_divisor = row_sums_4(b_g * b_error, b_low, b_high, b_g * b_w)
+        else:
+            grad_scale, grad_low, grad_high = row_sums_3(b_g * b_error, b_low, b_high)
+        # A clipped weight's error is that of its bound.
+        grad_scale += grad_low * (lowest - low_steps) + grad_high * (highest - high_steps)
         grad_scale = tl.where(raw_scale >= MIN_SCALE, grad_scale, 0.0)
         if SYMMETRIC:  # the side that sets the scale gets its gradient; equal sides share it
-            from_low = tl.div_rn(low, QMIN * 1.0)
-            from_high = tl.div_rn(high, QMAX * 1.0)
+            from_low = divide(low, QMIN * 1.0, 1.0 / QMIN, True)
+            from_high = divide(high, QMAX * 1.0, 1.0 / QMAX, True)
             by_low = tl.where(from_low > from_high, 1.0, tl.where(from_low == from_high, 0.5, 0.0))
-            grad_low += grad_scale * by_low / QMIN
-            grad_high += grad_scale * (1.0 - by_low) / QMAX
+            grad_low += grad_scale * by_low * (1.0 / QMIN)
+            grad_high += grad_scale * (1.0 - by_low) * (1.0 / QMAX)
         else:
-            grad_low -= grad_scale / (QMAX - QMIN)
-            grad_high += grad_scale / (QMAX - QMIN)
+            grad_low -= grad_scale * (1.0 / (QMAX - QMIN))
+            grad_high += grad_scale * (1.0 / (QMAX - QMIN))
+        # The extremes receive the gradient of the bounds they define; ties share it equally.
+        at_minimum = tl.zeros_like(minimum)
+        at_maximum = tl.zeros_like(maximum)
         if HAS_LOW:
-            tl.store(grad_low_ptr + group, grad_low * minimum * low_share * (1.0 - low_share), mask=m_n)
+            at_minimum = grad_low * low_share
+            tl.store(grad_low_ptr + group, at_minimum * minimum * (1.0 - low_share), mask=m_n)
         if HAS_HIGH:
-            tl.store(grad_high_ptr + group, grad_high * maximum * high_share * (1.0 - high_share), mask=m_n)
-        if TO_COLUMN or TO_ROW or TO_WEIGHT:
-            b_g = tl.where(below | above, 0.0, b_g)
-            if HAS_LOW:  # the extremes receive the gradient of the bounds they define; ties share it equally
-                lowest = mask & (b_w == minimum[:, None])
-                ties = tl.maximum(tl.sum(lowest.to(tl.float32), axis=1), 1.0)
-                b_g += tl.where(lowest, (grad_low * low_share / ties)[:, None], 0.0)
-            if HAS_HIGH:
-                highest = mask & (b_w == maximum[:, None])
-                ties = tl.maximum(tl.sum(highest.to(tl.float32), axis=1), 1.0)
-                b_g += tl.where(highest, (grad_high * high_share / ties)[:, None], 0.0)
+            at_maximum = grad_high * high_share
+            tl.store(grad_high_ptr + group, at_maximum * maximum * (1.0 - high_share), mask=m_n)
+        to_divisor += at_minimum * minimum + at_maximum * maximum
+        if TO_COLUMN or TO_WEIGHT:
+            is_lowest = b_w == minimum[:, None]
+            is_highest = b_w == maximum[:, None]
+            if not FULL:
+                is_lowest = is_lowest & mask
+                is_highest = is_highest & mask
+            lows, highs = row_sums_2(tl.where(is_lowest, 1.0, 0.0), tl.where(is_highest, 1.0, 0.0))
+            b_g += tl.where(is_lowest, (at_minimum / tl.maximum(lows, 1.0))[:, None], 0.0)
+            b_g += tl.where(is_highest, (at_maximum / tl.maximum(highs, 1.0))[:, None], 0.0)
+    elif TO_ROW:
+        to_divisor = tl.sum(b_g * b_w, axis=1)
     if TO_WEIGHT:
-        tl.store(grad_edited_ptr + offsets, convert(b_g, grad_edited_ptr.dtype.element_ty), mask=mask)
+        store_tile(grad_edited_ptr + first * K + offsets, b_g, mask, FULL)
     if TO_ROW:
         divisor = tl.load(row_divisor_ptr + n, mask=m_n, other=1.0)
-        tl.store(grad_divisor_ptr + g * N + n, -tl.sum(b_g * b_w, axis=1) / divisor, mask=m_n)
+        tl.store(grad_divisor_ptr + g * N + n, -to_divisor / divisor, mask=m_n)
     if TO_COLUMN and HAS_ROW:
         b_g = b_g * (1.0 / tl.load(row_divisor_ptr + n, mask=m_n, other=1.0))[:, None]
     return b_g
@@ -101,51 +133,56 @@ def _reduce_tile(
 
 @triton.jit
 def _weight_gradients_bwd_kernel(
-    grad_ptr, weight_ptr, low_share_ptr, high_share_ptr, column_scale_ptr, row_divisor_ptr,
-    grad_low_ptr, grad_high_ptr, grad_column_ptr, grad_divisor_ptr, grad_edited_ptr, N, K, C,
+    grad_ptr, weight_ptr, low_ptr, high_ptr, column_scale_ptr, row_divisor_ptr,
+    grad_low_ptr, grad_high_ptr, grad_column_ptr, grad_divisor_ptr, grad_edited_ptr, N, K, C, G, steps,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
     TO_COLUMN: tl.constexpr, TO_ROW: tl.constexpr, TO_WEIGHT: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr, MIN_SCALE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
+    FULL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(0)
+    rows = tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_C)
     m_c = cols < C
     o_k = g * C + cols
-    first = tl.program_id(1).to(tl.int64) * (BLOCK_N * STEPS)
+    offsets = rows[:, None] * K + o_k[None, :]  # [BLOCK_N, BLOCK_C], from a step's first row
     b_column = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for step in tl.range(0, STEPS, num_stages=AHEAD):
-        n = first + step * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    start = tl.program_id(1).to(tl.int64) * steps * BLOCK_N
+    here = tl.minimum(steps, tl.cdiv(N - tl.program_id(1) * steps * BLOCK_N, BLOCK_N))
+    for step in tl.range(0, here, num_stages=AHEAD):
+        first = start + step * BLOCK_N
+        n = first + rows  # [BLOCK_N]
         m_n = n < N
-        offsets = n[:, None] * K + o_k[None, :]  # [BLOCK_N, BLOCK_C]
         mask = m_n[:, None] & m_c[None, :]
-        b_raw = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        b_g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        b_raw = load_tile(weight_ptr + first * K + offsets, mask, FULL)
+        b_g = load_tile(grad_ptr + first * K + offsets, mask, FULL)
         b_g = _reduce_tile(
-            b_g, b_raw, n, o_k, m_n, m_c, g, N, K, C, low_share_ptr, high_share_ptr, column_scale_ptr,
+            b_g, b_raw, n, o_k, m_n, m_c, g, first, offsets, N, K, G, low_ptr, high_ptr, column_scale_ptr,
             row_divisor_ptr, grad_low_ptr, grad_high_ptr, grad_divisor_ptr, grad_edited_ptr, HAS_LOW, HAS_HIGH,
-            HAS_COLUMN, HAS_ROW, TO_COLUMN, TO_ROW, TO_WEIGHT, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE,
+            HAS_COLUMN, HAS_ROW, TO_COLUMN, TO_ROW, TO_WEIGHT, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE, FULL,
         )  # fmt: skip
         if TO_COLUMN:
             b_column = tl.fma(b_g, b_raw, b_column)
     if TO_COLUMN:
-        tl.store(grad_column_ptr + tl.program_id(1).to(tl.int64) * K + o_k, tl.sum(b_column, axis=0), mask=m_c)
+        store_tile(grad_column_ptr + tl.program_id(1).to(tl.int64) * K + o_k, tl.sum(b_column, axis=0), m_c, FULL)
 
 
 @triton.jit
 def _product_gradients_bwd_kernel(
-    grad_ptr, x_ptr, weight_ptr, low_share_ptr, high_share_ptr, column_scale_ptr, row_divisor_ptr,
-    grad_low_ptr, grad_high_ptr, grad_column_ptr, grad_divisor_ptr, M, N, K, C,
+    grad_ptr, x_ptr, weight_ptr, low_ptr, high_ptr, column_scale_ptr, row_divisor_ptr,
+    grad_low_ptr, grad_high_ptr, grad_column_ptr, grad_divisor_ptr, M, N, K, C, G,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
     TO_COLUMN: tl.constexpr, TO_ROW: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr, MIN_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(1)
+    rows = tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_C)
     m_c = cols < C
     o_k = g * C + cols
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    n = first + rows  # [BLOCK_N]
     m_n = n < N
     b_g = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for start in tl.range(0, M, BLOCK_M, num_stages=AHEAD):
@@ -154,12 +191,12 @@ def _product_gradients_bwd_kernel(
         b_dy = tl.load(grad_ptr + m[:, None] * N + n[None, :], mask=m_m & m_n[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
         b_x = tl.load(x_ptr + m[:, None] * K + o_k[None, :], mask=m_m & m_c[None, :], other=0.0)  # [BLOCK_M, BLOCK_C]
         b_g = tl.dot(tl.trans(b_dy), b_x, acc=b_g, input_precision="ieee")
-    mask = m_n[:, None] & m_c[None, :]
-    b_raw = tl.load(weight_ptr + n[:, None] * K + o_k[None, :], mask=mask, other=0.0).to(tl.float32)
+    offsets = rows[:, None] * K + o_k[None, :]
+    b_raw = load_tile(weight_ptr + first * K + offsets, m_n[:, None] & m_c[None, :], False)
     b_g = _reduce_tile(
-        b_g, b_raw, n, o_k, m_n, m_c, g, N, K, C, low_share_ptr, high_share_ptr, column_scale_ptr, row_divisor_ptr,
-        grad_low_ptr, grad_high_ptr, grad_divisor_ptr, weight_ptr, HAS_LOW, HAS_HIGH, HAS_COLUMN, HAS_ROW, TO_COLUMN,
-        TO_ROW, False, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE,
+        b_g, b_raw, n, o_k, m_n, m_c, g, first, offsets, N, K, G, low_ptr, high_ptr, column_scale_ptr,
+        row_divisor_ptr, grad_low_ptr, grad_high_ptr, grad_divisor_ptr, weight_ptr, HAS_LOW, HAS_HIGH, HAS_COLUMN,
+        HAS_ROW, TO_COLUMN, TO_ROW, False, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE, False,
     )  # fmt: skip
     if TO_COLUMN:
         tl.store(grad_column_ptr + tl.program_id(0).to(tl.int64) * K + o_k, tl.sum(b_g * b_raw, axis=0), mask=m_c)
@@ -216,7 +253,7 @@ class _Reduction:
     def arguments(self) -> list[Tensor | None]:
         """Return what the kernels read besides weight and gradient."""
         column_scale, row_divisor = (None if part is None else as_float(part) for part in self.transform[:2])
-        return [kept_share(self.low_logit), kept_share(self.high_logit), column_scale, row_divisor]
+        return [share_source(self.low_logit), share_source(self.high_logit), column_scale, row_divisor]
 
     def results(self, programs: int) -> list[Tensor | None]:
         """Return what the kernels fill: gradients of the logits, partial sums of column scale and row divisor."""
@@ -272,19 +309,25 @@ def _reduce_stored(grad: Tensor, reduction: _Reduction) -> WeightGradients:
     weight = reduction.weight
     rows, columns = weight.shape
     tile = row_tile("weight_gradients_bwd", reduction.width, weight.device)
-    programs = triton.cdiv(rows, tile["BLOCK_N"] * tile["STEPS"])
+    # As many programs as run at once: each leaves a row of sums over its rows, and memory is to hold few of these.
+    groups, tiles = columns // reduction.width, triton.cdiv(rows, tile["BLOCK_N"])
+    steps = triton.cdiv(tiles, max(1, tile.pop("PROGRAMS") // groups))
+    programs = triton.cdiv(tiles, steps)
     results = reduction.results(programs)
     to_weight = None
     if "weight" in reduction.wanted:
         to_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     with on_device_of(weight):
-        _weight_gradients_bwd_kernel[(columns // reduction.width, programs)](
+        _weight_gradients_bwd_kernel[(groups, programs)](
             grad.contiguous(),
             weight,
             *_pointers(weight, [*reduction.arguments(), *results, to_weight]),
             rows,
             columns,
             reduction.width,
+            groups,
+            steps,
+            FULL=is_full(rows, reduction.width, tile),
             TO_WEIGHT=to_weight is not None,
             **reduction.constants(),
             **tile,
@@ -310,6 +353,7 @@ def _reduce_product(grad: Tensor, x: Tensor, reduction: _Reduction) -> WeightGra
             rows,
             columns,
             reduction.width,
+            columns // reduction.width,
             BLOCK_C=block,
             **reduction.constants(),
             **tile,
