@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
-from torch import Tensor
 
 CACHE_BYTES = 256 * 2**20  # several times the largest L2 cache, 60 MB on an H200
 
@@ -59,12 +58,16 @@ def graph_seconds(calls: Sequence[Callable[[], object]], *, repeats: int = 15) -
     return median(times) / len(calls)
 
 
-def copy_bandwidth(num_bytes: int = 2**31) -> float:
-    """Return bytes a second of a copy on the device, read and written ones together."""
-    source = torch.empty(num_bytes // 2, dtype=torch.bfloat16, device="cuda").normal_()
-    target = torch.empty_like(source)
-
-    def copy() -> Tensor:
-        return target.copy_(source)
-
-    return 2 * num_bytes / graph_seconds([copy])
+def eager_seconds(call: Callable[[], object], *, repeats: int = 7) -> float:
+    """Return the median seconds of a call as a program without graphs makes it, its host's share included."""
+    bring_clocks_up()
+    times = []
+    for index in range(repeats + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        if index >= 2:
+            times.append(start.elapsed_time(end) / 1e3)
+    return median(times)
