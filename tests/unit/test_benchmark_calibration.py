@@ -7,12 +7,13 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from benchmarks.calibration import command, spans, worker
+from benchmarks.calibration import command, runner, spans, worker
 from benchmarks.calibration.cases import CASES, find_cases, run_flags
 from benchmarks.calibration.ceilings import RTX_4090, Ceilings, measure_ceilings
 from benchmarks.calibration.counting import count_work
@@ -312,11 +313,25 @@ def test_tables_show_what_was_measured_and_what_was_missed():
 
 
 def test_steps_count_what_was_drawn():
-    samples = [type("S", (), {"input_ids": [0] * n, "positions": [0] * 2})() for n in (3, 5)]
-    calibrator = type("C", (), {"schedule": [[0, 1], [1, 1]], "objective": type("O", (), {"samples": samples})})()
+    samples = [SimpleNamespace(input_ids=[0] * n, positions=[0] * 2) for n in (3, 5)]
+    calibrator = SimpleNamespace(schedule=[[0, 1], [1, 1]], objective=SimpleNamespace(samples=samples))
     steps = worker.Steps()
     steps.add_endtoend(calibrator)
     assert (steps.count, steps.tokens, steps.positions) == (2, 18, 8)
+
+
+def test_nothing_is_measured_where_a_kernel_s_test_fails(monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return SimpleNamespace(returncode=len(asked) - 1, stdout="F\n1 failed in 2 s\n")
+
+    monkeypatch.setattr(runner.subprocess, "run", run)
+    runner.check_kernels()
+    with pytest.raises(runner.RunFailed, match="nothing is measured: F | 1 failed in 2 s"):
+        runner.check_kernels()
+    assert asked[0][-3:] == ["-m", "gpu", "tests/kernels"]
 
 
 def test_bad_input_is_one_sentence(tmp_path):
