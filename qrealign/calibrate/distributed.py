@@ -154,6 +154,8 @@ def joined_team() -> Iterator[Team]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _explained():
         dist.init_process_group(backend, timeout=PATIENCE)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=0))
     before = signal.signal(signal.SIGTERM, _end)
     try:
         yield Team(rank=dist.get_rank(), size=size)

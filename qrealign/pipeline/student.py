@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,6 +25,7 @@ from qrealign.models.streaming import StreamHandle, stream_blocks
 from qrealign.pipeline.context import RunContext
 from qrealign.pipeline.models import free_bytes
 from qrealign.quant.fake_quant import fake_quant_linears, set_quantize, swap_linears
+from qrealign.quant.fused import fused_inputs
 from qrealign.repair.stored import store_block
 
 logger = logging.getLogger(__name__)
@@ -59,7 +61,8 @@ class Student:
         maxima: Mapping[str, Tensor] | None = None,
         masks: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.context, self.settings = context, settings
+        self.context, self.settings, self.quantize = context, settings, quantize
+        self._fused = ExitStack()  # what norms and gates do while the student learns
         self.maxima, self.masks = maxima or {}, masks or {}
         source, pool = context.repaired, context.pool
         taught = pool.take(source)
@@ -104,6 +107,8 @@ class Student:
                 activation_amax=_below(self.maxima, prefix),
                 masks=_below(self.masks, prefix),
             )
+            if self.quantize and self.context.device.type == "cuda":
+                self._fused.enter_context(fused_inputs(block, source.spec))
             if self.streamed:
                 release_weights(block)
 
@@ -119,6 +124,7 @@ class Student:
         The student is used up by it.
         """
         source = self.context.repaired
+        self._fused.close()
         if self._stream is not None:
             self._stream.remove()
         self.trainable.fold(source.storage_dtype)

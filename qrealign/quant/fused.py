@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qrealign.arch import BlockSpec
+from qrealign.quant.coded import coded_input
 from qrealign.quant.fake_quant import FakeQuantLinear, fake_quant_linears
-from qrealign_kernels import rms_norm_fake_quant, silu_mul_fake_quant
+from qrealign_kernels import (
+    QuantizedActivations,
+    rms_norm_fake_quant,
+    rms_norm_quantize,
+    silu_mul_fake_quant,
+    silu_mul_quantize,
+)
 
 _TRIAL_TOKENS = 2
 
@@ -36,7 +44,7 @@ def fused_inputs(block: nn.Module, spec: BlockSpec) -> Iterator[list[str]]:
 
 def _bits(layer: nn.Module) -> int | None:
     """Return the bits that a linear's input is rounded to, None where it is not."""
-    if not isinstance(layer, FakeQuantLinear) or layer.scheme.activations is None or layer.is_coded():
+    if not isinstance(layer, FakeQuantLinear) or layer.scheme.activations is None or not layer.quantize:
         return None
     return layer.scheme.activations.num_bits
 
@@ -63,9 +71,19 @@ def _norm_forward(
 ) -> Callable[[Tensor], Tensor]:
     """Return a norm's forward that quantizes what `reader`, and whoever shares its inputs, will read."""
 
+    options = {"offset": float(offset), "num_bits": bits}
+
+    def fake(x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm_fake_quant(x, weight, eps, **options)  # type: ignore[arg-type]
+
+    def quantize(x: Tensor, weight: Tensor) -> QuantizedActivations:
+        return rms_norm_quantize(x, weight, eps, **options)  # type: ignore[arg-type]
+
     def forward(x: Tensor) -> Tensor:
-        fake = rms_norm_fake_quant(x, norm.weight, eps, offset=float(offset), num_bits=bits)  # type: ignore[arg-type]
-        return reader.inputs.provide(fake, bits)
+        weight: Tensor = norm.weight  # type: ignore[assignment]
+        if reader.is_coded():
+            return coded_input(quantize, fake, (x, weight), bits, reader.inputs)
+        return reader.inputs.provide(fake(x, weight), bits)
 
     return forward
 
@@ -103,8 +121,12 @@ def _is_silu(activation: nn.Module) -> bool:
 def _gate_forward(parts: dict[str, nn.Module], bits: int, down: FakeQuantLinear) -> Callable[[Tensor], Tensor]:
     """Return a gated MLP's forward that quantizes the gated values for its last linear."""
 
+    fake, quantize = partial(silu_mul_fake_quant, num_bits=bits), partial(silu_mul_quantize, num_bits=bits)
+
     def forward(x: Tensor) -> Tensor:
-        fake = silu_mul_fake_quant(parts["gate_proj"](x), parts["up_proj"](x), num_bits=bits)
-        return down(down.inputs.provide(fake, bits))
+        gate, up = parts["gate_proj"](x), parts["up_proj"](x)
+        if down.is_coded():
+            return down(coded_input(quantize, fake, (gate, up), bits, down.inputs))
+        return down(down.inputs.provide(fake(gate, up), bits))
 
     return forward
