@@ -329,7 +329,7 @@ def test_nothing_is_measured_where_a_kernel_s_test_fails(monkeypatch):
 
     monkeypatch.setattr(runner.subprocess, "run", run)
     runner.check_kernels()
-    with pytest.raises(runner.RunFailed, match="nothing is measured: F | 1 failed in 2 s"):
+    with pytest.raises(runner.RunFailed, match="nothing is measured: F"):
         runner.check_kernels()
     assert asked[0][-3:] == ["-m", "gpu", "tests/kernels"]
 
@@ -337,5 +337,5 @@ def test_nothing_is_measured_where_a_kernel_s_test_fails(monkeypatch):
 def test_bad_input_is_one_sentence(tmp_path):
     with pytest.raises(ConfigError, match="--shorten must be 1 or more"):
         command.run_command(["--shorten", "0"])
-    with pytest.raises(ConfigError, match="there is no calibration.csv"):
+    with pytest.raises(ConfigError, match="there is no calibration"):
         command.run_command(["--only-report", "--results", str(tmp_path), "--merge", str(tmp_path / "none")])
