@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -124,8 +124,16 @@ class BlockwiseCalibrator:
         return sum(self.steps_of(index) for index in range(block))
 
     def _blocks(self, source: ModelSource, model: PreTrainedModel, start: int) -> Generator[nn.Module, None, None]:
-        """Yield the blocks of a model; the next one is read from disk while its predecessor is trained."""
-        yield from source.load_blocks(model, self.device, self.dtype, start=start, ahead=1)
+        """Yield the blocks of a model; on a GPU the next is read, and loaded unless memory is low, meanwhile."""
+        blocks = source.load_blocks(model, self.device, self.dtype, start=start, ahead=1)
+        if self.device.type == "cpu" or self.low_memory:
+            yield from blocks
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="load-block") as thread:
+            ahead = thread.submit(next, blocks, None)
+            while (block := ahead.result()) is not None:
+                ahead = thread.submit(next, blocks, None)
+                yield block
 
     def _calibrate_block(self, index: int, block: nn.Module, bar: tqdm) -> nn.Module:
         """Learn one block, move all streams past it and return it frozen."""
