@@ -22,6 +22,7 @@ GIB = 2**30
 PROMPT_TOKENS = 48  # typical length of a prompt with its template
 # Shares of the measured matrix-product rate that a whole model reaches: training steps, and answering with a cache.
 TRAINING_SHARE, ANSWERING_SHARE = 0.35, 0.15
+FILE_RATE = 2e9  # bytes a second through the files of models, in memory or on a fast disk
 BUS_RATE = 20e9  # bytes a second from pinned host memory to a GPU
 KEPT_VALUES = 20  # numbers that a block's backward pass keeps for each token and hidden channel, roughly
 LOGIT_COPIES = 7
@@ -176,16 +177,19 @@ def _blockwise_bytes(context: RunContext, settings: CalibrationSettings) -> int:
 
 
 def estimate_seconds(context: RunContext) -> float:
-    """Return the run's seconds from its floating-point operations and the device's rate in a short matrix product.
+    """Return the run's seconds from its floating-point operations, at the device's rate in a short matrix product.
 
-    Weights that come from the host in each step may take longer than its operations.
+    The models' files take their time, and weights that come from the host in each step may take longer than its
+    operations.
     """
     moving = moved_bytes(context) * (0 if context.spec.endtoend is None else context.spec.endtoend.steps) / BUS_RATE
     rate = measured_flops(context.device, context.pool.dtype)
     weights = sum(rows * columns for rows, columns in context.finetuned.linear_shapes().values())
     training, answering = training_tokens(context), answering_tokens(context)
     optimisation = max(moving, 6 * weights * training / (rate * TRAINING_SHARE))
-    return optimisation + 2 * weights * answering / (rate * ANSWERING_SHARE)
+    teachers = 1 + (context.aligned is not None)
+    files = (teachers + 1) * context.finetuned.total_bytes / FILE_RATE  # read, and in the end written and read back
+    return files + optimisation + 2 * weights * answering / (rate * ANSWERING_SHARE)
 
 
 def training_tokens(context: RunContext) -> float:
