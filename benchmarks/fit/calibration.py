@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from benchmarks.fit.cases import Case
 from qrealign_kernels import triton_activations as activations
 from qrealign_kernels import triton_weight as weights
@@ -10,7 +12,6 @@ from qrealign_kernels import triton_weight_gradients as gradients
 _GRID = {"QMIN": -128, "QMAX": 127, "SYMMETRIC": True, "SCALE_KIND": 2, "MIN_SCALE": 2.0**-24}
 _ASYMMETRIC = {"QMIN": -8, "QMAX": 7, "SYMMETRIC": False, "SCALE_KIND": 0, "MIN_SCALE": 2.0**-24}
 _LEARNED = {"HAS_LOW": True, "HAS_HIGH": True, "HAS_COLUMN": True, "HAS_ROW": True}
-_CLIPPED = {"HAS_LOW": True, "HAS_HIGH": True, "HAS_COLUMN": False, "HAS_ROW": False}
 # Rows longer than 8,192 are those of down projections, which no scale per column is learned for.
 _NARROW, _WIDE, _WIDEST = ("128", "1024", "4096", "8192"), ("16384",), ("32768",)
 _TOKENS = {"CODES": True, "QMIN": -128, "QMAX": 127, "ZERO_SCALE": 2.0**-23}
@@ -19,14 +20,14 @@ _MANY = (*_NARROW, *_WIDE)
 _FEW = tuple(f"{key}-few" for key in _NARROW)
 
 
-def _rounding(name: str, given: dict[str, bool], keys: tuple[str, ...], *, hot: bool = True) -> Case:
+def _rounding(name: str, given: Mapping[str, object], keys: tuple[str, ...], *, hot: bool = True) -> Case:
     """Return the case of rounding a bfloat16 weight to bfloat16."""
     return Case(
         name=name,
         kernel=weights._fake_quant_edited_fwd_kernel,
         table="fake_quant_edited_fwd",
         types={"weight_ptr": "*bf16", "out_ptr": "*bf16"},
-        constants=_GRID | given | {"CODES": False, "FULL": False},
+        constants={**_GRID, **given} | {"CODES": False, "KEEP_EXTREMES": True, "FULL": False},
         from_key=weights.row_tile_columns,
         aligned=("N", "K", "C"),
         keys=keys,
@@ -34,14 +35,30 @@ def _rounding(name: str, given: dict[str, bool], keys: tuple[str, ...], *, hot: 
     )
 
 
-def _gradients(name: str, given: dict[str, bool], keys: tuple[str, ...], *, hot: bool = True) -> Case:
+def _edited(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Case:
+    """Return the case of encoding a bfloat16 weight with an edit."""
+    nothing_else = {"HAS_LOW": False, "HAS_HIGH": False, "HAS_COLUMN": False, "HAS_ROW": False}
+    return Case(
+        name=name,
+        kernel=weights._fake_quant_edited_steps_fwd_kernel,
+        table="fake_quant_edited_steps_fwd",
+        types={"weight_ptr": "*bf16"} | _CODED,
+        constants=_ASYMMETRIC | nothing_else | {"HAS_EDIT": True, "CODES": True, "ONE_STEP": False},
+        from_key=weights.edited_tile_rank,
+        aligned=("N", "K", "C"),
+        keys=keys,
+        hot=hot,
+    )
+
+
+def _gradients(name: str, given: Mapping[str, object], keys: tuple[str, ...], *, hot: bool = True) -> Case:
     """Return the case of reducing a bfloat16 gradient."""
     return Case(
         name=name,
         kernel=gradients._weight_gradients_bwd_kernel,
         table="weight_gradients_bwd",
         types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
-        constants=_GRID | given | {"TO_WEIGHT": False, "FULL": False},
+        constants={**_GRID, **given} | {"HAS_EXTREMES": True, "TO_WEIGHT": False, "FULL": False},
         from_key=weights.row_tile_columns,
         aligned=("N", "K", "C"),
         keys=keys,
@@ -82,21 +99,20 @@ def _norm_gradients(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Ca
 CASES = (
     _rounding("weight, rounded", _LEARNED, _MANY),
     _rounding("weight, rounded, widest", _LEARNED, _WIDEST, hot=False),
+    _edited("weight with an edit, codes", ("16", "32", "64")),
+    _edited("weight with an edit of a rank over 64, codes", ("default",), hot=False),
+    _gradients("weight, gradients", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _NARROW),
     Case(
-        name="weight with an edit, codes",
-        kernel=weights._fake_quant_edited_steps_fwd_kernel,
-        table="fake_quant_edited_steps_fwd",
-        types={"weight_ptr": "*bf16"} | _CODED,
-        constants=_ASYMMETRIC
-        | {"HAS_LOW": False, "HAS_HIGH": False, "HAS_COLUMN": False, "HAS_ROW": False}
-        | {"HAS_EDIT": True, "CODES": True, "ONE_STEP": False},
-        from_key=weights.edited_tile_rank,
+        name="weight, gradients of logits",
+        kernel=gradients._bound_gradients_bwd_kernel,
+        table="bound_gradients_bwd",
+        types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
+        constants=_GRID | _LEARNED | {"TO_ROW": True, "FULL": True},
         aligned=("N", "K", "C"),
     ),
-    _gradients("weight, gradients", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _NARROW),
-    _gradients("weight, gradients of logits", _CLIPPED | {"TO_COLUMN": False, "TO_ROW": False}, _WIDE),
-    _gradients("weight, gradients, wide", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _WIDE, hot=False),
-    _gradients("weight, gradients, widest", _CLIPPED | {"TO_COLUMN": False, "TO_ROW": False}, _WIDEST, hot=False),
+    _gradients(
+        "weight, gradients, wide", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, (*_WIDE, *_WIDEST), hot=False
+    ),
     Case(
         name="product and gradients",
         kernel=gradients._product_gradients_bwd_kernel,

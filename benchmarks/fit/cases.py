@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import triton
@@ -84,6 +84,27 @@ def builds(case: Case) -> Iterator[Build]:
             if identity not in seen:
                 seen.add(identity)
                 yield build
+
+
+def sample(cases: Iterable[Case]) -> list[tuple[Build, int]]:
+    """Return what a test compiles of all builds and targets, which take minutes on two cores.
+
+    Every case with every default choice for compute capability 8.9, which has the least shared memory and is what
+    users have; of every kernel one choice for each other target, its own class's where a table has one. The rest is
+    compiled by `python -m benchmarks.fit`. 8.6 is left to it too: the compiler treats it as 8.9.
+    """
+    chosen: dict[tuple[Build, int], None] = {}
+    once: set[tuple[object, int]] = set()
+    for case in cases:
+        found = list(builds(case))
+        assert found, f"no launch table has a choice for {case.table}"
+        chosen |= {(build, 89): None for build in found if build.gpu_class == launches.DEFAULT}
+        for target in (80, 90, 120):
+            own = [build for build in found if build.gpu_class == f"sm{target}"]
+            if (case.kernel, target) not in once:
+                once.add((case.kernel, target))
+                chosen[(own or found)[-1], target] = None
+    return list(chosen)
 
 
 def signature(case: Case, constants: Mapping[str, object]) -> dict[str, str]:

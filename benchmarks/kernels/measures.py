@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 import qrealign_kernels as kernels
 from benchmarks.timing import rotations
-from benchmarks.tunables.calibration import learned
+from benchmarks.tunables.calibration import backward_calls, learned
 from benchmarks.tunables.tunable import Calls
 from qrealign_kernels import reference
 from qrealign_kernels import reference_calibration as definitions
 from qrealign_kernels.reference_calibration import WeightGradients, WeightTransform
-from qrealign_kernels.triton_weight_gradients import edited_weight_gradients
 
 CLIP = ("low_logit", "high_logit")
 COLUMN = (*CLIP, "column_scale")
@@ -184,24 +183,15 @@ def _check_codes(call: Callable[[], Any], expected: Callable[[], Any], allowed: 
 
 def _prepare_backward(rows: int, columns: int, group_size: int, given: Sequence[str]) -> Prepared:
     arguments = _given(rows, columns, group_size, given)
-    weights = _weights(rows, columns, 4)
-    grads = [torch.randn_like(weight) for weight in weights]
-    inputs, grid = _split(arguments)
-    call = partial(
-        edited_weight_gradients,
-        **inputs,
-        wanted=frozenset(given),
-        symmetric=True,
-        scale_dtype=torch.bfloat16,
-        **grid,
-    )
-    calls: Calls = [partial(call, grad, weight) for grad, weight in zip(grads, weights, strict=True)]
+    calls = backward_calls(rows, columns, arguments)
+    grad, weight = cast("partial[WeightGradients]", calls[0]).args
+    _, grid = _split(arguments)
     leaves = {name: arguments[name].detach().requires_grad_() for name in given}
     graph_inputs, _ = _split(arguments | leaves)
-    fake = definitions.fake_quant_edited_weight_ref(weights[0], **graph_inputs, **grid)
+    fake = definitions.fake_quant_edited_weight_ref(weight, **graph_inputs, **grid)
 
     def expected() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(fake, list(leaves.values()), grads[0].float(), retain_graph=True)
+        return torch.autograd.grad(fake, list(leaves.values()), grad.float(), retain_graph=True)
 
     def check() -> None:
         _check_gradients(calls[0](), dict(zip(leaves, expected(), strict=True)))

@@ -83,20 +83,6 @@ def row_sums_2(a, b):
 
 
 @triton.jit
-def _combine_three(a, b, c, other_a, other_b, other_c):
-    return a + other_a, b + other_b, c + other_c
-
-
-@triton.jit
-def row_sums_3(a, b, c):
-    """Return the sums of each row of three tiles, as `row_extremes` does."""
-    if INTERPRETED:
-        return tl.sum(a, axis=1), tl.sum(b, axis=1), tl.sum(c, axis=1)
-    else:
-        return tl.reduce((a, b, c), 1, _combine_three)
-
-
-@triton.jit
 def _combine_four(a, b, c, d, other_a, other_b, other_c, other_d):
     return a + other_a, b + other_b, c + other_c, d + other_d
 
@@ -108,6 +94,20 @@ def row_sums_4(a, b, c, d):
         return tl.sum(a, axis=1), tl.sum(b, axis=1), tl.sum(c, axis=1), tl.sum(d, axis=1)
     else:
         return tl.reduce((a, b, c, d), 1, _combine_four)
+
+
+@triton.jit
+def _combine_five(a, b, c, d, e, other_a, other_b, other_c, other_d, other_e):
+    return a + other_a, b + other_b, c + other_c, d + other_d, e + other_e
+
+
+@triton.jit
+def row_sums_5(a, b, c, d, e):
+    """Return the sums of each row of five tiles, as `row_extremes` does."""
+    if INTERPRETED:
+        return tl.sum(a, axis=1), tl.sum(b, axis=1), tl.sum(c, axis=1), tl.sum(d, axis=1), tl.sum(e, axis=1)
+    else:
+        return tl.reduce((a, b, c, d, e), 1, _combine_five)
 
 
 @triton.jit

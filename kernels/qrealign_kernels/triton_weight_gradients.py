@@ -32,8 +32,8 @@ from qrealign_kernels.triton_math import (
     round_half_even,
     row_extremes,
     row_sums_2,
-    row_sums_3,
     row_sums_4,
+    row_sums_5,
     store_tile,
 )
 from qrealign_kernels.triton_weight import (
@@ -53,12 +53,64 @@ MOST_TOKENS_IN_PRODUCT = 256
 
 
 @triton.jit
+def _tile_moments(
+    b_g, b_w, low, high, scale, reciprocal, lowest, highest, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr
+):
+    """Return of a tile what rounding leaves over, in steps, and the gradient without and with what lies above.
+
+    Differences of the sums of the last two and of the whole gradient are the sums of what is clipped.
+    """
+    b_quotient = divide(b_w, scale[:, None], reciprocal[:, None], SCALE_KIND == 0)
+    b_steps = round_half_even(b_quotient)
+    if not (SYMMETRIC and SCALE_KIND == 2):  # there no weight between the bounds rounds to more than an end code
+        b_steps = clip(b_steps, lowest[:, None], highest[:, None])
+    b_not_high = tl.where(b_w > high[:, None], 0.0, b_g)
+    b_inside = tl.where(b_w < low[:, None], 0.0, b_not_high)
+    return b_steps - b_quotient, b_inside, b_not_high
+
+
+@triton.jit
+def _store_bound_gradients(
+    grad_low_ptr, grad_high_ptr, group, m_n, grad_scale, grad_low, grad_high, minimum, maximum, low_share, high_share,
+    low, high, raw_scale, low_steps, high_steps, lowest, highest,
+    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr,
+    MIN_SCALE: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients of the logits; return those of the extremes, to be shared by ties.
+
+    `grad_scale` holds what unclipped weights give, `grad_low` and `grad_high` the sums of what is clipped.
+    """
+    # A clipped weight's error is that of its bound.
+    grad_scale += grad_low * (lowest - low_steps) + grad_high * (highest - high_steps)
+    grad_scale = tl.where(raw_scale >= MIN_SCALE, grad_scale, 0.0)
+    if SYMMETRIC:  # the side that sets the scale gets its gradient; equal sides share it
+        from_low = divide(low, QMIN * 1.0, 1.0 / QMIN, True)
+        from_high = divide(high, QMAX * 1.0, 1.0 / QMAX, True)
+        by_low = tl.where(from_low > from_high, 1.0, tl.where(from_low == from_high, 0.5, 0.0))
+        grad_low += grad_scale * by_low * (1.0 / QMIN)
+        grad_high += grad_scale * (1.0 - by_low) * (1.0 / QMAX)
+    else:
+        grad_low -= grad_scale * (1.0 / (QMAX - QMIN))
+        grad_high += grad_scale * (1.0 / (QMAX - QMIN))
+    # The extremes receive the gradient of the bounds they define; ties share it equally.
+    at_minimum = tl.zeros_like(minimum)
+    at_maximum = tl.zeros_like(maximum)
+    if HAS_LOW:
+        at_minimum = grad_low * low_share
+        tl.store(grad_low_ptr + group, at_minimum * minimum * (1.0 - low_share), mask=m_n)
+    if HAS_HIGH:
+        at_maximum = grad_high * high_share
+        tl.store(grad_high_ptr + group, at_maximum * maximum * (1.0 - high_share), mask=m_n)
+    return at_minimum, at_maximum
+
+
+@triton.jit
 def _reduce_tile(
     b_g, b_raw, n, o_k, m_n, m_c, g, first, offsets, N, K, G,
-    low_ptr, high_ptr, column_scale_ptr, row_divisor_ptr,
+    low_ptr, high_ptr, column_scale_ptr, row_divisor_ptr, extremes_ptr,
     grad_low_ptr, grad_high_ptr, grad_divisor_ptr, grad_edited_ptr,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
-    TO_COLUMN: tl.constexpr, TO_ROW: tl.constexpr, TO_WEIGHT: tl.constexpr,
+    HAS_EXTREMES: tl.constexpr, TO_COLUMN: tl.constexpr, TO_ROW: tl.constexpr, TO_WEIGHT: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr, MIN_SCALE: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
@@ -71,44 +123,37 @@ def _reduce_tile(
     b_w = transformed_tile(b_raw, n, o_k, m_n, m_c, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL)
     to_divisor = tl.zeros(n.shape, tl.float32)
     if HAS_LOW or HAS_HIGH:
-        minimum, maximum = row_extremes(b_w)
-        minimum = tl.minimum(minimum, 0.0)
-        maximum = tl.maximum(maximum, 0.0)
+        if HAS_EXTREMES:
+            minimum = tl.load(extremes_ptr + group, mask=m_n, other=0.0)
+            maximum = tl.load(extremes_ptr + N * G + group, mask=m_n, other=0.0)
+        else:
+            minimum, maximum = row_extremes(b_w)
+            minimum = tl.minimum(minimum, 0.0)
+            maximum = tl.maximum(maximum, 0.0)
         low_share, high_share = kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
         low, high, raw_scale, scale, reciprocal, zero_point, low_steps, high_steps = weight_grid(
             minimum, maximum, low_share, high_share, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE
         )
         lowest, highest = step_bounds(low_steps, high_steps, zero_point, QMIN, QMAX)
-        b_quotient = divide(b_w, scale[:, None], reciprocal[:, None], SCALE_KIND == 0)
-        b_error = clip(round_half_even(b_quotient), lowest[:, None], highest[:, None]) - b_quotient
-        b_low = tl.where(b_w < low[:, None], b_g, 0.0)
-        b_high = tl.where(b_w > high[:, None], b_g, 0.0)
-        b_g = tl.where((b_w < low[:, None]) | (b_w > high[:, None]), 0.0, b_g)
+        b_error, b_inside, b_not_high = _tile_moments(
+            b_g, b_w, low, high, scale, reciprocal, lowest, highest, SYMMETRIC, SCALE_KIND
+        )
+        b_error = b_inside * b_error
         if TO_ROW:
-            grad_scale, grad_low, grad_high, to_divisor = row_sums_4(b_g * b_error, b_low, b_high, b_g * b_w)
+            grad_scale, total, not_high, inside, to_divisor = row_sums_5(
+                b_error, b_g, b_not_high, b_inside, b_inside * b_w
+            )
         else:
-            grad_scale, grad_low, grad_high = row_sums_3(b_g * b_error, b_low, b_high)
-        # A clipped weight's error is that of its bound.
-        grad_scale += grad_low * (lowest - low_steps) + grad_high * (highest - high_steps)
-        grad_scale = tl.where(raw_scale >= MIN_SCALE, grad_scale, 0.0)
-        if SYMMETRIC:  # the side that sets the scale gets its gradient; equal sides share it
-            from_low = divide(low, QMIN * 1.0, 1.0 / QMIN, True)
-            from_high = divide(high, QMAX * 1.0, 1.0 / QMAX, True)
-            by_low = tl.where(from_low > from_high, 1.0, tl.where(from_low == from_high, 0.5, 0.0))
-            grad_low += grad_scale * by_low * (1.0 / QMIN)
-            grad_high += grad_scale * (1.0 - by_low) * (1.0 / QMAX)
-        else:
-            grad_low -= grad_scale * (1.0 / (QMAX - QMIN))
-            grad_high += grad_scale * (1.0 / (QMAX - QMIN))
+            grad_scale, total, not_high, inside = row_sums_4(b_error, b_g, b_not_high, b_inside)
+        grad_low = not_high - inside
+        grad_high = total - not_high
+        b_g = b_inside
+        at_minimum, at_maximum = _store_bound_gradients(
+            grad_low_ptr, grad_high_ptr, group, m_n, grad_scale, grad_low, grad_high, minimum, maximum, low_share,
+            high_share, low, high, raw_scale, low_steps, high_steps, lowest, highest, HAS_LOW, HAS_HIGH, QMIN, QMAX,
+            SYMMETRIC, MIN_SCALE,
+        )  # fmt: skip
         # The extremes receive the gradient of the bounds they define; ties share it equally.
-        at_minimum = tl.zeros_like(minimum)
-        at_maximum = tl.zeros_like(maximum)
-        if HAS_LOW:
-            at_minimum = grad_low * low_share
-            tl.store(grad_low_ptr + group, at_minimum * minimum * (1.0 - low_share), mask=m_n)
-        if HAS_HIGH:
-            at_maximum = grad_high * high_share
-            tl.store(grad_high_ptr + group, at_maximum * maximum * (1.0 - high_share), mask=m_n)
         to_divisor += at_minimum * minimum + at_maximum * maximum
         if TO_COLUMN or TO_WEIGHT:
             is_lowest = b_w == minimum[:, None]
@@ -133,10 +178,10 @@ def _reduce_tile(
 
 @triton.jit
 def _weight_gradients_bwd_kernel(
-    grad_ptr, weight_ptr, low_ptr, high_ptr, column_scale_ptr, row_divisor_ptr,
+    grad_ptr, weight_ptr, low_ptr, high_ptr, column_scale_ptr, row_divisor_ptr, extremes_ptr,
     grad_low_ptr, grad_high_ptr, grad_column_ptr, grad_divisor_ptr, grad_edited_ptr, N, K, C, G, steps,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
-    TO_COLUMN: tl.constexpr, TO_ROW: tl.constexpr, TO_WEIGHT: tl.constexpr,
+    HAS_EXTREMES: tl.constexpr, TO_COLUMN: tl.constexpr, TO_ROW: tl.constexpr, TO_WEIGHT: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr, MIN_SCALE: tl.constexpr,
     FULL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
@@ -158,13 +203,72 @@ def _weight_gradients_bwd_kernel(
         b_g = load_tile(grad_ptr + first * K + offsets, mask, FULL)
         b_g = _reduce_tile(
             b_g, b_raw, n, o_k, m_n, m_c, g, first, offsets, N, K, G, low_ptr, high_ptr, column_scale_ptr,
-            row_divisor_ptr, grad_low_ptr, grad_high_ptr, grad_divisor_ptr, grad_edited_ptr, HAS_LOW, HAS_HIGH,
-            HAS_COLUMN, HAS_ROW, TO_COLUMN, TO_ROW, TO_WEIGHT, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE, FULL,
+            row_divisor_ptr, extremes_ptr, grad_low_ptr, grad_high_ptr, grad_divisor_ptr, grad_edited_ptr, HAS_LOW,
+            HAS_HIGH, HAS_COLUMN, HAS_ROW, HAS_EXTREMES, TO_COLUMN, TO_ROW, TO_WEIGHT, QMIN, QMAX, SYMMETRIC,
+            SCALE_KIND, MIN_SCALE, FULL,
         )  # fmt: skip
         if TO_COLUMN:
             b_column = tl.fma(b_g, b_raw, b_column)
     if TO_COLUMN:
         store_tile(grad_column_ptr + tl.program_id(1).to(tl.int64) * K + o_k, tl.sum(b_column, axis=0), m_c, FULL)
+
+
+@triton.jit
+def _bound_gradients_bwd_kernel(
+    grad_ptr, weight_ptr, low_ptr, high_ptr, column_scale_ptr, row_divisor_ptr, extremes_ptr,
+    grad_low_ptr, grad_high_ptr, grad_divisor_ptr, N, K, C, G,
+    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
+    TO_ROW: tl.constexpr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr, MIN_SCALE: tl.constexpr,
+    FULL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    g = tl.program_id(0)
+    first = tl.program_id(1).to(tl.int64) * BLOCK_N
+    rows = tl.arange(0, BLOCK_N)
+    cols = tl.arange(0, BLOCK_C)
+    n = first + rows  # [BLOCK_N]
+    m_n = n < N
+    group = n * G + g
+    minimum = tl.load(extremes_ptr + group, mask=m_n, other=0.0)
+    maximum = tl.load(extremes_ptr + N * G + group, mask=m_n, other=0.0)
+    low_share, high_share = kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
+    low, high, raw_scale, scale, reciprocal, zero_point, low_steps, high_steps = weight_grid(
+        minimum, maximum, low_share, high_share, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE
+    )
+    lowest, highest = step_bounds(low_steps, high_steps, zero_point, QMIN, QMAX)
+    b_total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    b_lower = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    b_middle = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    b_errors = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    b_moment = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    offsets = rows[:, None] * K + (g * C + cols)[None, :]
+    for start in tl.range(0, C, BLOCK_C, num_stages=AHEAD):
+        m_k = start + cols < C
+        mask = m_n[:, None] & m_k[None, :]
+        b_w = load_tile(weight_ptr + first * K + offsets + start, mask, FULL)
+        b_g = load_tile(grad_ptr + first * K + offsets + start, mask, FULL)
+        o_k = g * C + start + cols
+        b_w = transformed_tile(b_w, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL)
+        b_error, b_inside, b_not_high = _tile_moments(
+            b_g, b_w, low, high, scale, reciprocal, lowest, highest, SYMMETRIC, SCALE_KIND
+        )
+        b_total += b_g
+        b_lower += b_not_high
+        b_middle += b_inside
+        b_errors = tl.fma(b_inside, b_error, b_errors)
+        if TO_ROW:
+            b_moment = tl.fma(b_inside, b_w, b_moment)
+    not_high = tl.sum(b_lower, axis=1)
+    inside = tl.sum(b_middle, axis=1)
+    at_minimum, at_maximum = _store_bound_gradients(
+        grad_low_ptr, grad_high_ptr, group, m_n, tl.sum(b_errors, axis=1), not_high - inside,
+        tl.sum(b_total, axis=1) - not_high, minimum, maximum, low_share, high_share, low, high, raw_scale, low_steps,
+        high_steps, lowest, highest, HAS_LOW, HAS_HIGH, QMIN, QMAX, SYMMETRIC, MIN_SCALE,
+    )  # fmt: skip
+    if TO_ROW:
+        to_divisor = tl.sum(b_moment, axis=1) + at_minimum * minimum + at_maximum * maximum
+        divisor = tl.load(row_divisor_ptr + n, mask=m_n, other=1.0)
+        tl.store(grad_divisor_ptr + g * N + n, -to_divisor / divisor, mask=m_n)
 
 
 @triton.jit
@@ -195,8 +299,8 @@ def _product_gradients_bwd_kernel(
     b_raw = load_tile(weight_ptr + first * K + offsets, m_n[:, None] & m_c[None, :], False)
     b_g = _reduce_tile(
         b_g, b_raw, n, o_k, m_n, m_c, g, first, offsets, N, K, G, low_ptr, high_ptr, column_scale_ptr,
-        row_divisor_ptr, grad_low_ptr, grad_high_ptr, grad_divisor_ptr, weight_ptr, HAS_LOW, HAS_HIGH, HAS_COLUMN,
-        HAS_ROW, TO_COLUMN, TO_ROW, False, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE, False,
+        row_divisor_ptr, weight_ptr, grad_low_ptr, grad_high_ptr, grad_divisor_ptr, weight_ptr, HAS_LOW, HAS_HIGH,
+        HAS_COLUMN, HAS_ROW, False, TO_COLUMN, TO_ROW, False, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE, False,
     )  # fmt: skip
     if TO_COLUMN:
         tl.store(grad_column_ptr + tl.program_id(0).to(tl.int64) * K + o_k, tl.sum(b_g * b_raw, axis=0), mask=m_c)
@@ -210,11 +314,12 @@ def edited_weight_gradients(
     *,
     transform: WeightTransform,
     wanted: frozenset[str],
+    extremes: Tensor | None = None,
     **grid: Any,
 ) -> WeightGradients:
     """Compute the gradients of `fake_quant_edited_weight_ref` that are wanted, by their names in `WeightGradients`.
 
-    Reductions alone need no tensor of the weight's size. The weight and the factors of an edit do: their gradients
+    `extremes` is what `triton_weight.fake_quant_edited_weight` kept, or None to find them again. Reductions alone need no tensor of the weight's size. The weight and the factors of an edit do: their gradients
     are made of the `[N, K]` gradient of the edited weight.
     """
     width = grid["group_size"] or weight.shape[1]
@@ -222,13 +327,15 @@ def edited_weight_gradients(
         return _gradients_by_definition(grad, weight, low_logit, high_logit, transform, wanted, **grid)
     if transform.left is None:
         reduction = _Reduction(weight.contiguous(), low_logit, high_logit, transform, wanted, **grid)
-        found = _reduce_stored(grad, reduction)
+        if extremes is not None and not wanted & {"weight", "column_scale"}:
+            return _reduce_streamed(grad, reduction, extremes)
+        found = _reduce_stored(grad, reduction, extremes)
         if found.weight is None:
             return found
         return found._replace(weight=_through_transform(found.weight, transform).to(weight.dtype))
     edited = transformed_weight(weight, transform)
     reduction = _Reduction(edited, low_logit, high_logit, WeightTransform(), frozenset({"weight"}), **grid)
-    return _through_edit(_reduce_stored(grad, reduction), weight, transform, wanted)
+    return _through_edit(_reduce_stored(grad, reduction, None), weight, transform, wanted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,7 +411,7 @@ def _pointers(weight: Tensor, tensors: list[Tensor | None]) -> list[Tensor]:
     return [weight if tensor is None else tensor for tensor in tensors]
 
 
-def _reduce_stored(grad: Tensor, reduction: _Reduction) -> WeightGradients:
+def _reduce_stored(grad: Tensor, reduction: _Reduction, extremes: Tensor | None) -> WeightGradients:
     """Reduce a stored gradient; the field `weight`, where wanted, is that of the edited weight, in float32."""
     weight = reduction.weight
     rows, columns = weight.shape
@@ -321,18 +428,50 @@ def _reduce_stored(grad: Tensor, reduction: _Reduction) -> WeightGradients:
         _weight_gradients_bwd_kernel[(groups, programs)](
             grad.contiguous(),
             weight,
-            *_pointers(weight, [*reduction.arguments(), *results, to_weight]),
+            *_pointers(weight, [*reduction.arguments(), extremes, *results, to_weight]),
             rows,
             columns,
             reduction.width,
             groups,
             steps,
             FULL=is_full(rows, reduction.width, tile),
+            HAS_EXTREMES=extremes is not None,
             TO_WEIGHT=to_weight is not None,
             **reduction.constants(),
             **tile,
         )
     return reduction.gradients(results)._replace(weight=to_weight)
+
+
+def _reduce_streamed(grad: Tensor, reduction: _Reduction, extremes: Tensor) -> WeightGradients:
+    """Reduce a stored gradient to logits and row divisor, where the groups' extremes are known.
+
+    Then no weight is needed twice: rows are walked in steps by a few threads each, which the work on a group's grid
+    costs little of.
+    """
+    weight = reduction.weight
+    rows, columns = weight.shape
+    groups = columns // reduction.width
+    key = "rows" if groups == 1 else "groups"
+    tile = launches.choice("bound_gradients_bwd", key, weight.device)
+    tile = tile | {"BLOCK_C": min(tile["BLOCK_C"], tile_width(reduction.width))}
+    results = reduction.results(0)
+    constants = reduction.constants()
+    del constants["TO_COLUMN"]
+    with on_device_of(weight):
+        _bound_gradients_bwd_kernel[(groups, triton.cdiv(rows, tile["BLOCK_N"]))](
+            grad.contiguous(),
+            weight,
+            *_pointers(weight, [*reduction.arguments(), extremes, results[0], results[1], results[3]]),
+            rows,
+            columns,
+            reduction.width,
+            groups,
+            FULL=reduction.width % tile["BLOCK_C"] == 0 and rows % tile["BLOCK_N"] == 0,
+            **constants,
+            **tile,
+        )
+    return reduction.gradients(results)
 
 
 def _reduce_product(grad: Tensor, x: Tensor, reduction: _Reduction) -> WeightGradients:
