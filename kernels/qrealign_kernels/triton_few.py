@@ -34,14 +34,14 @@ def halves_of(words, HALF: tl.constexpr):
     BITS: tl.constexpr = 0x4300 if tl.bfloat16 == HALF else 0x6400
     BASE: tl.constexpr = 136.0 if tl.bfloat16 == HALF else 1032.0
     if INTERPRETED:
-        p0 = (plane_of(words, 0) | BITS).to(tl.int16).to(HALF, bitcast=True)
-        p1 = (plane_of(words, 1) | BITS).to(tl.int16).to(HALF, bitcast=True)
-        p2 = (plane_of(words, 2) | BITS).to(tl.int16).to(HALF, bitcast=True)
-        p3 = (plane_of(words, 3) | BITS).to(tl.int16).to(HALF, bitcast=True)
-        p4 = (plane_of(words, 4) | BITS).to(tl.int16).to(HALF, bitcast=True)
-        p5 = (plane_of(words, 5) | BITS).to(tl.int16).to(HALF, bitcast=True)
-        p6 = (plane_of(words, 6) | BITS).to(tl.int16).to(HALF, bitcast=True)
-        p7 = (plane_of(words, 7) | BITS).to(tl.int16).to(HALF, bitcast=True)
+        p0 = (plane_of(words, 0) | BITS).to(tl.int16)
+        p1 = (plane_of(words, 1) | BITS).to(tl.int16)
+        p2 = (plane_of(words, 2) | BITS).to(tl.int16)
+        p3 = (plane_of(words, 3) | BITS).to(tl.int16)
+        p4 = (plane_of(words, 4) | BITS).to(tl.int16)
+        p5 = (plane_of(words, 5) | BITS).to(tl.int16)
+        p6 = (plane_of(words, 6) | BITS).to(tl.int16)
+        p7 = (plane_of(words, 7) | BITS).to(tl.int16)
     else:
         p0, p1, p2, p3, p4, p5, p6, p7 = tl.inline_asm_elementwise(
             """
@@ -65,11 +65,14 @@ def halves_of(words, HALF: tl.constexpr):
             lop3.b32 $7, s, 0x000F000F, $10, 0xEA;
             }
             """,
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r", [words, BITS * 0x10001],
-            dtype=(HALF, HALF, HALF, HALF, HALF, HALF, HALF, HALF), is_pure=True, pack=2,
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r", [words, BITS * 0x10001], is_pure=True, pack=2,
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
         )  # fmt: skip
-    base = tl.full([1], BASE, HALF)
-    return p0 - base, p1 - base, p2 - base, p3 - base, p4 - base, p5 - base, p6 - base, p7 - base
+    return (
+        p0.to(HALF, bitcast=True) - BASE, p1.to(HALF, bitcast=True) - BASE, p2.to(HALF, bitcast=True) - BASE,
+        p3.to(HALF, bitcast=True) - BASE, p4.to(HALF, bitcast=True) - BASE, p5.to(HALF, bitcast=True) - BASE,
+        p6.to(HALF, bitcast=True) - BASE, p7.to(HALF, bitcast=True) - BASE,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -126,8 +126,8 @@ def int8_matmul(
 def int8_matmul_dx(grad: Tensor, w_codes: Tensor, w_scale: Tensor, zero_point: Tensor | None) -> Tensor:
     """Compute `reference_linear.int8_matmul_dx_ref`: the library multiplies a copy of the weight in grad's dtype.
 
-    A kernel that widens the codes in registers is slower, because the tensor cores want them from shared memory, to which
-    they then travel twice.
+    A kernel that widens the codes in registers is slower: the tensor cores want them from shared memory, to which they
+    then travel twice.
     """
     with on_device_of(grad):
         return torch.mm(grad, _scale8(w_codes, w_scale, zero_point, grad.dtype))
