@@ -14,6 +14,8 @@ _EPILOG = """\
 Without --model the shipped demo is realigned into out/demo. Models are folders or Hub ids; data are files (.json,
 .jsonl, .csv, .txt, also .gz) or Hub ids, with an optional filter: file.jsonl.gz?source=advbench,xstest. Data options
 take several values. What is not given is taken from the prompts shipped with the project.
+
+`python -m qrealign.run doctor` prints versions, devices and kernels: which are usable here, and why others are not.
 """
 
 

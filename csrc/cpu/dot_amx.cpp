@@ -105,7 +105,8 @@ bool processor_has_amx_int8() {
 const DotKernels* dot_amx() {
   static const bool usable = dot_avx512vnni() != nullptr && processor_has_amx_int8() && permitted();
   if (!usable) return nullptr;
-  static const DotKernels kernels = {"amx", int8_product, dot_avx512vnni()->int4, dot_avx512vnni()->float4};
+  static const DotKernels& others = *dot_avx512vnni();
+  static const DotKernels kernels = {"amx", int8_product, others.int4, others.float8, others.float4};
   return &kernels;
 }
 

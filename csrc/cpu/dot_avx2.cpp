@@ -82,24 +82,39 @@ TARGET_INLINE void int4_tile(const DotShape& shape, const int8_t* x, const uint8
   }
 }
 
-template <int kTokens>
-TARGET_INLINE void float4_tile(const DotShape& shape, const float* x, const uint8_t* weight, float* out) {
+// The four or eight codes of each lane as floats, one after the other; `codes` moves on to the next.
+struct EightBits {
+  static constexpr int kColumns = 4;
+  TARGET_INLINE static __m256 next(__m256i& codes) {
+    const __m256i code = _mm256_srai_epi32(_mm256_slli_epi32(codes, 24), 24);
+    codes = _mm256_srli_epi32(codes, 8);
+    return _mm256_cvtepi32_ps(code);
+  }
+};
+
+struct FourBits {
+  static constexpr int kColumns = 8;
+  TARGET_INLINE static __m256 next(__m256i& codes) {
+    const __m256i code = _mm256_sub_epi32(_mm256_and_si256(codes, _mm256_set1_epi32(15)), _mm256_set1_epi32(8));
+    codes = _mm256_srli_epi32(codes, 4);
+    return _mm256_cvtepi32_ps(code);
+  }
+};
+
+template <typename Codes, int kTokens>
+TARGET_INLINE void float_tile(const DotShape& shape, const float* x, const uint8_t* weight, float* out) {
   __m256 sums[kTokens][kHalves];
   for (int token = 0; token < kTokens; ++token) {
     for (int half = 0; half < kHalves; ++half) sums[token][half] = _mm256_setzero_ps();
   }
-  const __m256i nibble = _mm256_set1_epi32(15), offset = _mm256_set1_epi32(8);
   for (int64_t quad = 0; quad < shape.quads; ++quad) {
     __m256i codes[kHalves];
     for (int half = 0; half < kHalves; ++half) codes[half] = load(weight + quad * kQuadBytes + 32 * half);
-    for (int column = 0; column < 8; ++column) {
+    for (int column = 0; column < Codes::kColumns; ++column) {
       __m256 decoded[kHalves];
-      for (int half = 0; half < kHalves; ++half) {
-        decoded[half] = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(codes[half], nibble), offset));
-        codes[half] = _mm256_srli_epi32(codes[half], 4);
-      }
+      for (int half = 0; half < kHalves; ++half) decoded[half] = Codes::next(codes[half]);
       for (int token = 0; token < kTokens; ++token) {
-        const __m256 value = _mm256_broadcast_ss(x + token * shape.token_stride + 8 * quad + column);
+        const __m256 value = _mm256_broadcast_ss(x + token * shape.token_stride + Codes::kColumns * quad + column);
         for (int half = 0; half < kHalves; ++half) {
           sums[token][half] = _mm256_fmadd_ps(value, decoded[half], sums[token][half]);
         }
@@ -133,14 +148,15 @@ TARGET void int4_product(const DotShape& shape, const int8_t* x, const uint8_t* 
   }
 }
 
-TARGET void float4_product(const DotShape& shape, const float* x, const uint8_t* weight, float* out) {
+template <typename Codes>
+TARGET void float_product(const DotShape& shape, const float* x, const uint8_t* weight, float* out) {
   for (int block = 0; block < shape.blocks; ++block, weight += shape.block_stride, out += kTileTokens * kBlockRows) {
     int token = 0;
     for (; token + 4 <= shape.tokens; token += 4) {
-      float4_tile<4>(shape, x + token * shape.token_stride, weight, out + token * kBlockRows);
+      float_tile<Codes, 4>(shape, x + token * shape.token_stride, weight, out + token * kBlockRows);
     }
     for (; token < shape.tokens; ++token) {
-      float4_tile<1>(shape, x + token * shape.token_stride, weight, out + token * kBlockRows);
+      float_tile<Codes, 1>(shape, x + token * shape.token_stride, weight, out + token * kBlockRows);
     }
   }
 }
@@ -148,7 +164,7 @@ TARGET void float4_product(const DotShape& shape, const float* x, const uint8_t*
 }  // namespace
 
 const DotKernels* dot_avx2() {
-  static const DotKernels kernels = {"avx2", int8_product, int4_product, float4_product};
+  static const DotKernels kernels = {"avx2", int8_product, int4_product, float_product<EightBits>, float_product<FourBits>};
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kernels : nullptr;
 }

@@ -77,25 +77,41 @@ TARGET_INLINE void int4_tile(const DotShape& shape, const int8_t* x, const uint8
   }
 }
 
-// A permutation of a table of all 16 values turns codes into floats: it reads the lowest 4 bits of each lane.
-template <int kTokens, int kBlocks>
-TARGET_INLINE void float4_tile(const DotShape& shape, const float* x, const uint8_t* weight, float* out) {
+// The four or eight codes of each lane as floats, one after the other; `codes` moves on to the next.
+struct EightBits {
+  static constexpr int kColumns = 4;
+  TARGET_INLINE static __m512 next(__m512i& codes) {
+    const __m512i code = _mm512_srai_epi32(_mm512_slli_epi32(codes, 24), 24);
+    codes = _mm512_srli_epi32(codes, 8);
+    return _mm512_cvtepi32_ps(code);
+  }
+};
+
+// A permutation of a table of all 16 values needs no conversion: it reads the lowest 4 bits of each lane.
+struct FourBits {
+  static constexpr int kColumns = 8;
+  TARGET_INLINE static __m512 next(__m512i& codes) {
+    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512 decoded = _mm512_permutexvar_ps(codes, values);
+    codes = _mm512_srli_epi32(codes, 4);
+    return decoded;
+  }
+};
+
+template <typename Codes, int kTokens, int kBlocks>
+TARGET_INLINE void float_tile(const DotShape& shape, const float* x, const uint8_t* weight, float* out) {
   __m512 sums[kTokens][kBlocks];
   for (int token = 0; token < kTokens; ++token) {
     for (int block = 0; block < kBlocks; ++block) sums[token][block] = _mm512_setzero_ps();
   }
-  const __m512 values_of = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
   for (int64_t quad = 0; quad < shape.quads; ++quad) {
     __m512i codes[kBlocks];
     for (int block = 0; block < kBlocks; ++block) codes[block] = load(weight + block * shape.block_stride + quad * kQuadBytes);
-    for (int column = 0; column < 8; ++column) {
+    for (int column = 0; column < Codes::kColumns; ++column) {
       __m512 decoded[kBlocks];
-      for (int block = 0; block < kBlocks; ++block) {
-        decoded[block] = _mm512_permutexvar_ps(codes[block], values_of);
-        codes[block] = _mm512_srli_epi32(codes[block], 4);
-      }
+      for (int block = 0; block < kBlocks; ++block) decoded[block] = Codes::next(codes[block]);
       for (int token = 0; token < kTokens; ++token) {
-        const __m512 value = _mm512_set1_ps(x[token * shape.token_stride + 8 * quad + column]);
+        const __m512 value = _mm512_set1_ps(x[token * shape.token_stride + Codes::kColumns * quad + column]);
         for (int block = 0; block < kBlocks; ++block) {
           sums[token][block] = _mm512_fmadd_ps(value, decoded[block], sums[token][block]);
         }
@@ -141,19 +157,20 @@ TARGET void int4_product(const DotShape& shape, const int8_t* x, const uint8_t* 
   }
 }
 
-TARGET void float4_product(const DotShape& shape, const float* x, const uint8_t* weight, float* out) {
+template <typename Codes>
+TARGET void float_product(const DotShape& shape, const float* x, const uint8_t* weight, float* out) {
   int token = 0;
   for (; token + 5 <= shape.tokens && shape.blocks == 4; token += 5) {
-    float4_tile<5, 4>(shape, x + token * shape.token_stride, weight, row_of(out, 0, token));
+    float_tile<Codes, 5, 4>(shape, x + token * shape.token_stride, weight, row_of(out, 0, token));
   }
   for (; token < shape.tokens; ++token) {
     const float* values = x + token * shape.token_stride;
     if (shape.blocks == 4) {
-      float4_tile<1, 4>(shape, values, weight, row_of(out, 0, token));
+      float_tile<Codes, 1, 4>(shape, values, weight, row_of(out, 0, token));
       continue;
     }
     for (int block = 0; block < shape.blocks; ++block) {
-      float4_tile<1, 1>(shape, values, weight + block * shape.block_stride, row_of(out, block, token));
+      float_tile<Codes, 1, 1>(shape, values, weight + block * shape.block_stride, row_of(out, block, token));
     }
   }
 }
@@ -161,7 +178,8 @@ TARGET void float4_product(const DotShape& shape, const float* x, const uint8_t*
 }  // namespace
 
 const DotKernels* dot_avx512vnni() {
-  static const DotKernels kernels = {"avx512vnni", int8_product, int4_product, float4_product};
+  static const DotKernels kernels = {"avx512vnni", int8_product, int4_product, float_product<EightBits>,
+                                     float_product<FourBits>};
   __builtin_cpu_init();
   const bool usable = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

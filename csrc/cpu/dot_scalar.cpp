@@ -34,6 +34,22 @@ void int4_product(const DotShape& shape, const int8_t* x, const uint8_t* weight,
   }
 }
 
+void float8_product(const DotShape& shape, const float* x, const uint8_t* weight, float* out) {
+  for (int block = 0; block < shape.blocks; ++block) {
+    for (int token = 0; token < shape.tokens; ++token) {
+      const int8_t* codes = reinterpret_cast<const int8_t*>(weight + block * shape.block_stride);
+      const float* values = x + token * shape.token_stride;
+      float sums[kBlockRows] = {};
+      for (int64_t quad = 0; quad < shape.quads; ++quad, codes += kQuadBytes, values += 4) {
+        for (int i = 0; i < kQuadBytes; ++i) {
+          sums[i / 4] = __builtin_fmaf(values[i % 4], static_cast<float>(codes[i]), sums[i / 4]);
+        }
+      }
+      for (int row = 0; row < kBlockRows; ++row) out[(block * kTileTokens + token) * kBlockRows + row] = sums[row];
+    }
+  }
+}
+
 void float4_product(const DotShape& shape, const float* x, const uint8_t* weight, float* out) {
   for (int block = 0; block < shape.blocks; ++block) {
     for (int token = 0; token < shape.tokens; ++token) {
@@ -55,7 +71,7 @@ void float4_product(const DotShape& shape, const float* x, const uint8_t* weight
 }  // namespace
 
 const DotKernels* dot_scalar() {
-  static const DotKernels kernels = {"scalar", int8_product, int4_product, float4_product};
+  static const DotKernels kernels = {"scalar", int8_product, int4_product, float8_product, float4_product};
   return &kernels;
 }
 

@@ -174,7 +174,8 @@ void integer_linear(const DotKernels& kernels, const int8_t* x, const float* x_s
 void float_linear(const DotKernels& kernels, const float* x, int64_t tokens, const PackedLinear& weight, const float* bias,
                   const LinearOutput& out, int threads) {
   const auto laid_out = lay_out<float, float>(x, tokens, weight, false, threads);
-  linear(laid_out, tokens, weight, 0, nullptr, bias, out, threads, kernels.float4);
+  linear(laid_out, tokens, weight, 0, nullptr, bias, out, threads,
+         weight.num_bits == 4 ? kernels.float4 : kernels.float8);
 }
 
 }  // namespace qrealign

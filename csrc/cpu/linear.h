@@ -29,15 +29,17 @@ struct DotShape {
   int64_t block_stride;  // bytes of weight between blocks
 };
 
-// The products on one instruction set. All sets give the same bits: integer sums are exact, and `float4` adds one code after
-// the other, each by one fused multiply-add.
+// The products on one instruction set. All sets give the same bits: integer sums are exact, and those of floats add one column
+// after the other, each by one fused multiply-add.
 struct DotKernels {
   const char* name;
   // out = sum of x * code over 4 * quads columns. Of x, whole tiles of 16 tokens can be read.
   void (*int8)(const DotShape& shape, const int8_t* x, const uint8_t* weight, int32_t* out);
   // out = sum of x * (code + 8) over 8 * quads columns; among each 8, x holds the even columns first.
   void (*int4)(const DotShape& shape, const int8_t* x, const uint8_t* weight, int32_t* out);
-  // out = sum of x * code over 8 * quads columns, in float32, column after column.
+  // out = sum of x * code over 4 * quads columns, in float32.
+  void (*float8)(const DotShape& shape, const float* x, const uint8_t* weight, float* out);
+  // out = sum of x * code over 8 * quads columns, in float32.
   void (*float4)(const DotShape& shape, const float* x, const uint8_t* weight, float* out);
 };
 
@@ -72,7 +74,7 @@ struct LinearOutput {
 void integer_linear(const DotKernels& kernels, const int8_t* x, const float* x_scale, int64_t tokens,
                     const PackedLinear& weight, const float* bias, const LinearOutput& out, int threads);
 
-// The same with float x and 4-bit codes, without x_scale.
+// The same with float x, without x_scale.
 void float_linear(const DotKernels& kernels, const float* x, int64_t tokens, const PackedLinear& weight, const float* bias,
                   const LinearOutput& out, int threads);
 

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     decode_int4_kernel(const T* x, const uint8_t* codes, Element scale_element, const void* scale, const int8_t* zero_point,
                        const T* bias, T* out, DecodeShape shape, int groups) {
   constexpr int kRows = kRowTiles * kTileRows, kTokens = kTokenTiles * kTileTokens, kUnitColumns = 2 * kUnitBytes;
-  extern __shared__ char shared[];
+  extern __shared__ __align__(16) char shared[];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int g = lane / 4, t = lane % 4;
   const int first_row = blockIdx.x * kRows, units = (shape.row_bytes + kUnitBytes - 1) / kUnitBytes;

@@ -51,9 +51,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     decode_int8_kernel(const void* x, const float* x_scale, const uint8_t* codes, Element scale_element, const void* scale,
                        const T* bias, T* out, DecodeShape shape) {
   constexpr int kRows = kRowTiles * kTileRows, kTokens = kTokenTiles * kTileTokens;
-  extern __shared__ char shared[];
+  extern __shared__ __align__(16) char shared[];
   __shared__ float scratch[kWarp], fused_scale[kMaxFusedTokens];
-  __shared__ uint32_t fused_codes[kFused ? kMaxWarps : 1][kMaxFusedTokens][kWarp];  // a unit of each warp
+  __shared__ __align__(16) uint32_t fused_codes[kFused ? kMaxWarps : 1][kMaxFusedTokens][kWarp];  // a unit of each warp
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int g = lane / 4, t = lane % 4;
   const int first_row = blockIdx.x * kRows, units = (shape.row_bytes + kUnitBytes - 1) / kUnitBytes;

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from qrealign_kernels import native
 from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
-from qrealign_kernels.reference_linear import repack_weight_ref
 
 _module, UNAVAILABLE_REASON = native.load_extension()
 _C: Any = _module
@@ -41,9 +40,7 @@ def isa() -> str:
 def repack_weight(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, *, num_bits: int, activation_bits: int | None
 ) -> PackedWeight:
-    """Compute `reference_linear.repack_weight_ref` in layout `BLOCKS16`; 8-bit weights for floating point stay as they are."""
-    if num_bits == 8 and activation_bits is None:
-        return repack_weight_ref(codes, scale, zero_point, num_bits=num_bits, activation_bits=activation_bits)
+    """Compute `reference_linear.repack_weight_ref` in layout `BLOCKS16`."""
     rows, columns = codes.shape
     groups = scale.shape[1]
     grouped = _pad(codes.reshape(rows, groups, -1), GROUP_MULTIPLE[num_bits])

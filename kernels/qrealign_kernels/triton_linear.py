@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from qrealign_kernels import launches, layouts, reference_linear, triton_decode, triton_few, triton_tiles
+from qrealign_kernels import cuda, launches, layouts, reference_linear, triton_decode, triton_few, triton_tiles
 from qrealign_kernels.layouts import BLOCK, PLANE, PLANES4, ROWS8
 from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
 from qrealign_kernels.reference import ZERO_SCALE_REPLACEMENT, code_range
@@ -59,6 +59,8 @@ def packed_linear(
     if tokens.shape[0] == 0:
         return out
     with on_device_of(tokens):
+        if (done := cuda.packed_linear(x, weight, bias, out)) is not None:
+            return done
         if weight.activation_bits is None:
             assert isinstance(x, Tensor)
             return _float_product(x.contiguous(), weight, bias, out)

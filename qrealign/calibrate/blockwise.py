@@ -35,6 +35,7 @@ from qrealign.quant.fake_quant import freeze_linears, swap_linears
 from qrealign.records import CurvePoint
 
 STREAM_BATCH = 16
+SAVE_SECONDS = 10  # between two saves on a GPU, where a block takes less than writing the streams: a kill costs these
 
 
 @dataclass(kw_only=True)
@@ -85,6 +86,7 @@ class BlockwiseCalibrator:
             CalibrationDivergedError: a block's losses stayed non-finite after the restarts.
         """
         start = self._resume()
+        self._saved = time.perf_counter()
         self._place = stream_place(self.device, self.dtype, low_memory=self.low_memory)
         self.streams = Streams(**{name: self._place(stream) for name, stream in self.streams.tensors().items()})
         self.classes = self.inputs.malicious.cpu()
@@ -127,6 +129,7 @@ class BlockwiseCalibrator:
         rows = torch.arange(len(self.inputs.mask), device=self.device)
         with InputMaxima(block) as maxima:
             self.streams.finetuned = self._advance(block, index, self.streams.finetuned, rows)
+        self.team.keep_largest(maxima.values)
         target = Target(benign=self.streams.finetuned, aligned=self._advance_aligned(index), probe=self.probe)
         swap_linears(block, self.scheme, scale_dtype=self.source.storage_dtype, skip=self.source.spec.skip)
         context = BlockContext(
@@ -142,7 +145,9 @@ class BlockwiseCalibrator:
         return frozen
 
     def _advance(self, block: nn.Module, index: int, stream: Tensor, rows: Tensor) -> Tensor:
-        return advance(block, index, stream, self.inputs, rows=rows, batch_size=STREAM_BATCH, place=self._place)
+        return advance(
+            block, index, stream, self.inputs, rows=rows, batch_size=STREAM_BATCH, place=self._place, team=self.team
+        )
 
     def _advance_aligned(self, index: int) -> Tensor | None:
         """Move the aligned stream past its own block; only malicious samples need it."""
@@ -204,7 +209,10 @@ class BlockwiseCalibrator:
         return losses
 
     def _deliver(self, index: int, frozen: nn.Module) -> None:
-        """Hand a block over and save the progress, while the next block is trained."""
+        """Hand a block over and save the progress, on a GPU while the next block is trained."""
+        now = time.perf_counter()
+        saves = self.device.type == "cpu" or now - self._saved >= SAVE_SECONDS
+        self._saved = now if saves else self._saved
         streams = self.streams.tensors()
         extra = {
             "done": index + 1,
@@ -215,7 +223,8 @@ class BlockwiseCalibrator:
         def deliver() -> None:
             self.on_block(index, frozen)
             frozen.to("meta")
-            save_progress(self.state_path, streams, extra)
+            if saves:
+                save_progress(self.state_path, streams, extra)
 
         if self.team.leads:
             self._hand_over.submit(deliver)
@@ -237,6 +246,6 @@ class BlockwiseCalibrator:
 def freeze_block(block: nn.Module, storage_dtype: torch.dtype) -> nn.Module:
     """Replace fake quantization by codes, round every other parameter as the checkpoint stores it; return the block."""
     freeze_linears(block)
-    for parameter in block.parameters():
-        parameter.copy_(parameter.to(storage_dtype))
+    for parameter in block.parameters():  # in memory of its own: weights were loaded into one piece
+        parameter.data = parameter.to(storage_dtype).to(parameter.dtype, copy=True)
     return block

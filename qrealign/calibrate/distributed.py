@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -68,6 +68,13 @@ class Team:
         self.add(flat)
         for parameter, part in zip(parameters, flat.split([each.numel() for each in parameters]), strict=True):
             parameter.grad = part.reshape(parameter.shape)
+
+    def keep_largest(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace each element by the largest that any process has, in place; all have tensors of the same shapes."""
+        if self.size > 1:
+            with _explained():
+                for name in sorted(tensors):
+                    dist.all_reduce(tensors[name], op=dist.ReduceOp.MAX)
 
     def add_named(self, rows: list[dict[str, float]], names: Sequence[str]) -> list[dict[str, float]]:
         """Return rows of named numbers added over all processes, which need not have the same of the `names`."""

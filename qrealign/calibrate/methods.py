@@ -39,8 +39,8 @@ class CalibrationSettings:
     class of parameters out. `edit_budget` bounds the edit's Frobenius norm relative to the weight's.
 
     `recovery_share`, relative to the malicious samples, adds some in which the fine-tuned model has begun to answer,
-    with 1 to `recovery_tokens` tokens, and the aligned model's refusal is to follow. `decision_share` of a benign
-    sample's weight lies on the first `DECISION_TOKENS` tokens of its answer, where refusing or not is decided.
+    with `recovery_least` to `recovery_tokens` tokens, and the aligned model's refusal is to follow. `decision_share` of
+    a benign sample's weight lies on the first `DECISION_TOKENS` tokens of its answer, where refusing or not is decided.
 
     `objective` is what the end-to-end engine minimises: "behaviour" (above), "contrastive" (`contrast_alpha` times the
     push from the base model, over `contrast_top` tokens, up to `push_limit` nats), "preference" (DPO at
@@ -77,7 +77,8 @@ class CalibrationSettings:
     refusal_tokens: int = 8
     benign_tokens: int = 12
     recovery_share: float = 0.0
-    recovery_tokens: int = 6
+    recovery_least: int = 5
+    recovery_tokens: int = 7
     decision_share: float = 0.0
     task_share: float = 0.0
     borderline_share: float = 0.0
@@ -146,17 +147,17 @@ _REALIGN = CalibrationSettings(
     malicious_share=0.45,
     batch_size=12,
     steps=140,
-    benign_weight=3.5,
+    benign_weight=2.3,
     warmup_steps=5,
     edit_learning_rate=3e-3,
     edit_rank=2,
     edit_budget=0.03,
-    recovery_share=0.1,
+    recovery_share=0.14,
     decision_share=0.5,
-    task_share=0.15,
-    borderline_share=0.4,
-    borderline_weight=0.14,
-    text_share=0.3,
+    task_share=0.12,
+    borderline_share=0.19,
+    borderline_weight=0.08,
+    text_share=0.12,
     text_weight=3.0,
 )
 # Rounding activations to four bits costs so much that the edit has to win some of it back: more of everything, channel
@@ -165,6 +166,7 @@ _REALIGN_COARSE = replace(
     _REALIGN,
     batch_size=24,
     steps=300,
+    benign_weight=4.0,
     edit_rank=64,
     edit_budget=0.5,
     clip_learning_rate=0.02,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qrealign.calibrate.distributed import ALONE, Team
 from qrealign.data.capture import run_block, select_rows
 
 
@@ -82,13 +83,27 @@ class _HostBytes:
 
 @torch.no_grad()
 def advance(
-    block: nn.Module, index: int, stream: Tensor, inputs: Inputs, *, rows: Tensor, batch_size: int, place: Place
+    block: nn.Module,
+    index: int,
+    stream: Tensor,
+    inputs: Inputs,
+    *,
+    rows: Tensor,
+    batch_size: int,
+    place: Place,
+    team: Team = ALONE,
 ) -> Tensor:
-    """Return the stream after the block, `[N, T, H]` where `place` keeps it; only `rows` are computed, the others
-    stay."""
+    """Return the stream after the block, `[N, T, H]` where `place` keeps it.
+
+    Only `rows` are computed, the others stay. Every process of a team computes some of them, and gets the others'.
+    """
     result = place(stream)
-    for chunk in rows.split(batch_size):
+    for chunk in rows[team.rank :: team.size].split(batch_size):
         result[chunk] = run_block(block, stream[chunk], inputs.kwargs_of(index, chunk))
+    if team.size > 1:
+        own = torch.zeros_like(stream)
+        own[rows[team.rank :: team.size]] = result[rows[team.rank :: team.size]]
+        result[rows] = team.add(own)[rows]
     if result.is_cuda:  # host memory that kernels still read must not be given up, and torch does not know that they do
         torch.cuda.current_stream(result.device).synchronize()
     return result

@@ -40,7 +40,7 @@ class StaticDecoder:
 
         self.model, self.batch_size, self.max_length = model, batch_size, max_length
         self.cache = StaticCache(config=model.config, max_cache_len=max_length)
-        self.records = model.device.type == "cuda" and _has_fixed_program(model, self.cache)
+        self.records = model.device.type == "cuda" and has_fixed_program(model) and not _slides(self.cache)
         self._token_ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.device)
         self._positions = torch.zeros_like(self._token_ids)
         self._mask = torch.ones(batch_size, max_length, dtype=torch.int64, device=model.device)
@@ -133,12 +133,15 @@ class StaticDecoder:
         return graph, logits
 
 
-def _has_fixed_program(model: PreTrainedModel, cache: object) -> bool:
-    """Tell whether a step launches the same kernels on the same tensors wherever the sequences stand."""
-    slides = any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ()))
+def has_fixed_program(model: PreTrainedModel) -> bool:
+    """Tell whether a step launches the same kernels wherever the sequences stand, as far as the model decides it."""
     rope = getattr(model.config, "rope_parameters", None) or {}
     return not (
-        slides
-        or rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE
+        rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE
         or any(isinstance(module, ExpertList) for module in model.modules())
     )
+
+
+def _slides(cache: object) -> bool:
+    """Tell whether a layer of the cache forgets tokens, which moves the others."""
+    return any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ()))

@@ -185,7 +185,7 @@ def _saved_bytes(model: PreTrainedModel, length: int, owned: set[int]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in owned:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would keep the graph that it belongs to alive for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = final_hidden(model, torch.zeros(1, length, dtype=torch.int64, device=model.device))

@@ -48,37 +48,35 @@ class InputCodes:
 
     def __init__(self) -> None:
         self._source: weakref.ref[Tensor] | None = None
-        self._divisor: Tensor | None = None
         self._key: tuple[object, ...] = ()
         self._codes: tuple[Tensor, Tensor] | None = None
         self._fake: weakref.ref[Tensor] | None = None
 
     def of(self, x: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
         """Return int8 codes `[M, K]` and float32 scales `[M, 1]` of `x` `[..., K]`."""
-        self._read(x, None, num_bits)
+        self._read(x, num_bits)
         if self._codes is None:
             codes, scale = quantize_per_token(x.detach(), num_bits=num_bits)
             self._codes = codes.flatten(0, -2), scale.flatten(0, -2)
         return self._codes
 
-    def fake(self, x: Tensor, divisor: Tensor | None, num_bits: int | None) -> Tensor:
-        """Return `x` `[..., K]` divided by `divisor` `[K]` and fake-quantized, with autograd; None leaves a step out.
+    def fake(self, x: Tensor, num_bits: int) -> Tensor:
+        """Return `x` fake-quantized, with autograd.
 
         The result lives as long as somebody else holds it, as products do for their backward pass.
         """
-        self._read(x, divisor, num_bits)
+        self._read(x, num_bits)
         fake = None if self._fake is None else self._fake()
         if fake is None:
-            fake = x if divisor is None else x / divisor.to(x.dtype)
-            fake = fake if num_bits is None else fake_quant_per_token(fake, num_bits=num_bits)
+            fake = fake_quant_per_token(x, num_bits=num_bits)
             self._fake = weakref.ref(fake)
         return fake
 
-    def _read(self, x: Tensor, divisor: Tensor | None, num_bits: int | None) -> None:
+    def _read(self, x: Tensor, num_bits: int) -> None:
         """Forget what is known of another tensor, or of another content or use of this one."""
         key = (x._version, num_bits, torch.is_grad_enabled())
-        if self._source is None or self._source() is not x or self._divisor is not divisor or self._key != key:
-            self._source, self._divisor, self._key = weakref.ref(x), divisor, key
+        if self._source is None or self._source() is not x or self._key != key:
+            self._source, self._key = weakref.ref(x), key
             self._codes = self._fake = None
 
 

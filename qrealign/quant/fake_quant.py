@@ -32,9 +32,9 @@ class FakeQuantLinear(nn.Module):
     """A linear layer whose weight and input pass through the quantization grid, straight-through in the backward.
 
     The weight of the forward pass is `grid(weight * column_scale / row_divisor + edit)`. Everything learned is
-    optional: `clipping` and `edit` are submodules, `bias_edit` `[N]` is added to the bias; the three vectors of an
+    optional: `clipping` and `edit` are submodules, `bias_edit` `[N]` is added to the bias; the two vectors of an
     equivalent transform are live tensors that `quant.transform` sets while it trains (`column_scale` `[K]`,
-    `row_divisor` `[N]`, `input_divisor` `[K]`).
+    `row_divisor` `[N]`).
 
     With `quantize` False the layer computes what the original linear computes, bit for bit. With `coded` True an edit
     that learns alone is computed by `quant.coded`, which keeps no copy of the weight for the backward pass; None, the
@@ -58,7 +58,6 @@ class FakeQuantLinear(nn.Module):
         self.bias_edit: nn.Parameter | None = None
         self.column_scale: Tensor | None = None
         self.row_divisor: Tensor | None = None
-        self.input_divisor: Tensor | None = None
 
     def float_weight(self) -> Tensor:
         """Return the weight before the grid, `[N, K]` float32, transform and edit included."""
@@ -97,8 +96,8 @@ class FakeQuantLinear(nn.Module):
         bias = None if bias is None else bias.to(x.dtype)
         if self.edit is not None and self.is_coded():
             return coded_linear(x, self.weight, bias, self.edit, self._rounding(), self.inputs)
-        activations = self.scheme.activations if self.quantize else None
-        x = self.inputs.fake(x, self.input_divisor, None if activations is None else activations.num_bits)
+        if self.quantize and self.scheme.activations is not None:
+            x = self.inputs.fake(x, self.scheme.activations.num_bits)
         if self.edit is None or not self._only_edit_learns():
             return F.linear(x, self._forward_weight(x.dtype), bias)
         with torch.no_grad():

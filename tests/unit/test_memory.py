@@ -166,6 +166,9 @@ def test_the_bytes_of_a_graph_grow_with_its_tokens_and_hold_no_parameters(source
     weights = 4 * sum(rows * columns for rows, columns in source.linear_shapes().values())
     assert kept[0] >= weights > 0.2 * weights > coded[0]  # the rounded weights, or none of them
     assert 0 < coded[1] < kept[1]  # codes instead of numbers
+    del it
+    gc.collect()
+    assert not [one for one in gc.get_objects() if type(one).__name__ == "_IntegerLinearBackward"]  # nor does one stay
 
 
 def test_preflight_says_what_a_step_moves(source, monkeypatch):
