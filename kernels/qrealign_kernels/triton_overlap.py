@@ -31,10 +31,11 @@ def wait_for_inputs(OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def prefetch_rows(row_ptrs, row_bytes, LINES: tl.constexpr):
-    """Pull the first LINES cache lines of rows of `row_bytes` into the L2 cache; `row_ptrs` `[n]` points to bytes."""
-    offsets = tl.minimum(tl.arange(0, LINES) * _LINE, row_bytes - 1)
+def prefetch_rows(ptr, rows, columns, LINES: tl.constexpr):
+    """Pull up to LINES cache lines of each of the rows `[n]`, `columns` elements long, into the L2 cache."""
+    size: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    offsets = tl.minimum(tl.arange(0, LINES) * (_LINE // size), columns - 1)
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [row_ptrs[:, None] + offsets[None, :]],
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptr + rows[:, None] * columns + offsets[None, :]],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
