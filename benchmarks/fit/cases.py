@@ -11,7 +11,7 @@ import triton
 
 from qrealign_kernels import launches
 
-PARTS = ("benchmarks.fit.attention", "benchmarks.fit.calibration", "benchmarks.fit.products")  # each has CASES, a tuple of `Case`
+PARTS = ("benchmarks.fit.calibration", "benchmarks.fit.products")  # each has CASES, a tuple of `Case`
 OPTIONS = ("num_warps", "num_stages")  # of a launch choice; all else in it is a constexpr argument
 
 

@@ -1,6 +1,5 @@
 """Quantization ops of qrealign: each with its definition in PyTorch, Triton kernels for GPUs and C++ for CPUs."""
 
-from qrealign_kernels.attention_ops import decode_attention
 from qrealign_kernels.backend import BackendUnavailableError, build_info, use_backend
 from qrealign_kernels.calibration_ops import (
     encode_weight,
@@ -29,7 +28,6 @@ __all__ = [
     "PackedWeight",
     "QuantizedActivations",
     "build_info",
-    "decode_attention",
     "dequantize_weight",
     "encode_weight",
     "fake_quant_per_token",

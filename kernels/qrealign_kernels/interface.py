@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from qrealign_kernels import packing, reference, reference_attention, reference_calibration, reference_linear
+from qrealign_kernels import packing, reference, reference_calibration, reference_linear
 from qrealign_kernels.quantized import PackedWeight
 from qrealign_kernels.reference import GradientSums
 from qrealign_kernels.reference_calibration import WeightGradients
@@ -45,7 +45,6 @@ class Backend:
     silu_mul_quantize: Callable[..., tuple[Tensor, Tensor]]
     silu_mul_fake_quant: Callable[..., Tensor]
     silu_mul_gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    decode_attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
     keeps_fake: bool
 
 
@@ -71,6 +70,5 @@ REFERENCE = Backend(
     silu_mul_quantize=reference_calibration.silu_mul_quantize_ref,
     silu_mul_fake_quant=reference_calibration.silu_mul_fake_quant_ref,
     silu_mul_gradients=reference_calibration.silu_mul_gradients,
-    decode_attention=reference_attention.decode_attention_ref,
     keeps_fake=True,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from qrealign_kernels import triton_activations, triton_attention, triton_linear, triton_weight, triton_weight_gradients
+from qrealign_kernels import triton_activations, triton_linear, triton_weight, triton_weight_gradients
 from qrealign_kernels.interface import REFERENCE
 
 BACKEND = dataclasses.replace(
@@ -23,7 +23,6 @@ BACKEND = dataclasses.replace(
     silu_mul_gradients=triton_activations.silu_mul_gradients,
     repack_weight=triton_linear.repack_weight,
     packed_linear=triton_linear.packed_linear,
-    decode_attention=triton_attention.decode_attention,
     int8_matmul=triton_linear.int8_matmul,
     int8_matmul_dx=triton_linear.int8_matmul_dx,
 )

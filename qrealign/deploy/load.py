@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qrealign.deploy.attention import use_decode_attention
 from qrealign.deploy.blocks import deploy_block
 from qrealign.models.device import choose_device, compute_dtype
 from qrealign.pack.source import PackedSource, open_packed
@@ -50,6 +49,4 @@ def deploy_model(source: PackedSource, device: torch.device, dtype: torch.dtype)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # where blocks were unpacked; what comes now is larger than any of it
     source.load_outer(model, device, dtype)
-    if device.type == "cuda":
-        use_decode_attention(model)
     return model
