@@ -32,7 +32,7 @@ class Runner:
         model: a causal language model in eval mode, on its device.
         slots: rows.
         max_length: most tokens of a sequence.
-        cuda_graphs: replay the decode step as a CUDA graph, where the model is on a GPU and decides nothing on the host.
+        cuda_graphs: replay the decode step as a CUDA graph where the model is on a GPU and leaves nothing to the host.
 
     Raises:
         UnsupportedArchitectureError: the model's attention cannot be masked row by row.
