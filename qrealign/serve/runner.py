@@ -47,7 +47,7 @@ class Runner:
         self.cache = SlotCache(config.num_hidden_layers, slots, max_length)
         self._masks = MaskMaker(config, next(model.parameters()).dtype)
         self._last_only = last_logits_only(model)
-        self._pad = config.pad_token_id or 0
+        self._pad = max(config.pad_token_id or 0, 0)  # some configurations name -1
         replays = cuda_graphs and self.device.type == "cuda" and has_fixed_program(model)
         self._graphs = DecodeGraphs(self._decode, slots, self.device) if replays else None
 
