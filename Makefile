@@ -16,7 +16,7 @@ ARGS ?=
 # small products took 19 s with spinning and 2.6 s without; the demo beside one other job 5 min 38 s and 1 min 12 s.
 run serve test demo-models: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help run serve test install install-dev lint format typecheck demo-models bench-safety clean
+.PHONY: help run serve test install install-dev lint format typecheck demo-models bench bench-safety clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -48,6 +48,9 @@ typecheck: $(VENV)/.installed-dev ## check types
 
 demo-models: $(VENV)/.installed ## rebuild the shipped demo models from nothing
 	$(BIN)/python -m qrealign.demo.build $(ARGS)
+
+bench: $(VENV)/.installed ## whole calibration runs on random 7B weights, into docs/calibration.md (ARGS as in benchmarks/README.md)
+	$(BIN)/python -m benchmarks.calibration $(ARGS)
 
 bench-safety: $(VENV)/.installed ## every method, scheme and seed, into tables and plots (ARGS as in benchmarks/README.md)
 	$(BIN)/python -m benchmarks.safety $(ARGS)

@@ -12,8 +12,8 @@ CACHE_BYTES = 256 * 2**20  # several times the largest L2 cache, 60 MB on an H20
 
 
 def rotations(bytes_of_one: int) -> int:
-    """Return how many sets of inputs of this size keep a loop over them out of the L2 cache."""
-    return max(1, -(-CACHE_BYTES // max(1, bytes_of_one)))
+    """Return how many sets of inputs of this size keep a loop over them out of the L2 cache; tiny ones may stay in."""
+    return min(64, max(2, -(-CACHE_BYTES // max(1, bytes_of_one))))
 
 
 def graph_seconds(calls: Sequence[Callable[[], object]], *, repeats: int = 15) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qrealign.calibrate.methods import CalibrationSettings, method_settings
 from qrealign.errors import ConfigError
@@ -21,8 +21,8 @@ REFERENCE_EPOCHS = 0.05  # the same for the block-wise engine: one or two steps 
 class Case:
     """One run: flags of `qrealign.run` on top of those that all cases share.
 
-    `steps` and `epochs` replace the method's own where given. `backend` is what computes the ops, None for the fastest.
-    A case that is `extrapolated` is the baseline: it takes a few steps, and its optimisation is counted up from them.
+    `overrides` are fields of the method's settings. `backend` is what computes the ops, None for the fastest. A case
+    that is `extrapolated` is the baseline: it takes a few steps, and its optimisation is counted up from them.
     """
 
     name: str
@@ -30,115 +30,67 @@ class Case:
     method: str
     engine: Engine
     flags: tuple[str, ...] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
     gpus: int = 1
-    steps: int | None = None
-    epochs: float | None = None
     backend: str | None = None
     extrapolated: bool = False
 
-    def settings(self) -> CalibrationSettings:
+    def settings(self, samples: int = SAMPLES) -> CalibrationSettings:
         """Return the settings of the whole run, before it is shortened."""
-        setting = [flag for flag in self.flags if "=" in flag]
-        values = dict(item.split("=") for item in setting)
-        batch = values.get("batch_size")
-        steps = None if self.extrapolated else self.steps
-        return method_settings(
-            self.method, engine=self.engine, samples=SAMPLES, batch_size=int(batch) if batch else None, steps=steps
-        )
+        schedule = "fast" if "fast" in self.flags else None
+        return method_settings(self.method, engine=self.engine, schedule=schedule, samples=samples, **self.overrides)
 
-    def length_flags(self, shorten: int) -> list[str]:
+    def step_flags(self, shorten: int, samples: int) -> list[str]:
         """Return the flags that set how many steps are taken, `shorten` times fewer than the whole run's."""
-        settings = self.settings()
+        settings = self.settings(samples)
         if self.engine == "endtoend":
-            steps = REFERENCE_STEPS if self.extrapolated else math.ceil(settings.steps / shorten)
-            return ["--steps", str(steps)]
-        epochs = REFERENCE_EPOCHS if self.extrapolated else settings.epochs / shorten
-        return ["--epochs", f"{epochs:g}"]
+            return ["--steps", str(REFERENCE_STEPS if self.extrapolated else math.ceil(settings.steps / shorten))]
+        return ["--epochs", f"{REFERENCE_EPOCHS if self.extrapolated else settings.epochs / shorten:g}"]
 
 
-_PAPER = ("--setting", "batch_size=1")
+_REALIGN = Case(
+    name="realign",
+    title="`realign`, weights resident",
+    method="realign",
+    engine="endtoend",
+    flags=("--memory", "resident"),
+)
+_FAST = Case(
+    name="fast",
+    title="block-wise, fast mode",
+    method="paper",
+    engine="blockwise",
+    flags=("--schedule", "fast"),
+)
+_PARITY = Case(name="parity", title="block-wise, parity mode", method="paper", engine="blockwise")
 _CASES = (
-    Case(
-        name="realign",
-        title="`realign`, weights resident",
-        method="realign",
-        engine="endtoend",
-        flags=(),
-    ),
-    Case(
-        name="realign-80",
-        title="`realign`, 80 steps, weights resident",
-        method="realign",
-        engine="endtoend",
-        flags=(),
-        steps=80,
-    ),
-    Case(
-        name="realign-streamed",
-        title="`realign`, weights streamed",
-        method="realign",
-        engine="endtoend",
-        flags=(),
-    ),
-    Case(
-        name="realign-low",
-        title="`realign`, low memory",
-        method="realign",
-        engine="endtoend",
-        flags=(),
-    ),
-    Case(
-        name="fast",
-        title="block-wise, fast mode",
-        method="paper",
-        engine="blockwise",
-        flags=("--setting", "batch_size=8"),
-    ),
-    Case(name="parity", title="block-wise, parity mode", method="paper", engine="blockwise", flags=_PAPER),
-    Case(
-        name="parity-low",
-        title="block-wise, parity mode, low memory",
-        method="paper",
-        engine="blockwise",
-        flags=_PAPER,
-    ),
-    Case(
-        name="realign-two-gpus",
-        title="`realign`, two GPUs",
-        method="realign",
-        engine="endtoend",
-        flags=(),
-        gpus=2,
-    ),
-    Case(
-        name="fast-two-gpus",
-        title="block-wise, fast mode, two GPUs",
-        method="paper",
-        engine="blockwise",
-        flags=("--setting", "batch_size=8"),
-        gpus=2,
-    ),
-    Case(
+    _REALIGN,
+    replace(_REALIGN, name="realign-80", title="`realign`, 80 steps, weights resident", overrides={"steps": 80}),
+    replace(_REALIGN, name="realign-streamed", title="`realign`, weights streamed", flags=("--memory", "streamed")),
+    replace(_REALIGN, name="realign-low", title="`realign`, low memory", flags=("--memory", "low")),
+    replace(_REALIGN, name="realign-two-gpus", title="`realign`, two GPUs", gpus=2),
+    replace(
+        _REALIGN,
         name="realign-reference",
         title="`realign`, eager reference",
-        method="realign",
-        engine="endtoend",
-        flags=(),
         backend="reference",
         extrapolated=True,
     ),
-    Case(
+    _FAST,
+    replace(_FAST, name="fast-two-gpus", title="block-wise, fast mode, two GPUs", gpus=2),
+    _PARITY,
+    replace(_PARITY, name="parity-low", title="block-wise, parity mode, low memory", flags=("--memory", "low")),
+    replace(
+        _PARITY,
         name="parity-reference",
         title="block-wise, parity mode, eager reference",
-        method="paper",
-        engine="blockwise",
-        flags=_PAPER,
         backend="reference",
         extrapolated=True,
     ),
 )
 CASES: dict[str, Case] = {case.name: case for case in _CASES}
-DEFAULT = ("realign", "realign-80", "realign-streamed", "fast", "parity", "parity-low", "realign-reference", "parity-reference")
+# Every case that one GPU serves.
+DEFAULT = tuple(case.name for case in _CASES if case.gpus == 1)
 
 
 def find_cases(names: Sequence[str]) -> list[Case]:
@@ -154,7 +106,15 @@ def find_cases(names: Sequence[str]) -> list[Case]:
 
 
 def run_flags(
-    case: Case, *, model: Path, adapter: Path, prompts: Mapping[str, Path], output: Path, shorten: int, tokens: int
+    case: Case,
+    *,
+    model: Path,
+    adapter: Path,
+    prompts: Mapping[str, Path],
+    output: Path,
+    shorten: int,
+    samples: int,
+    tokens: int,
 ) -> list[str]:
     """Return the command line of `qrealign.run` for a case.
 
@@ -162,11 +122,17 @@ def run_flags(
     """
     return [
         *("--model", str(model), "--adapter", str(adapter), "--aligned", str(model), "--output", str(output)),
-        *("--method", case.method, "--engine", case.engine, "--samples", str(SAMPLES)),
+        *("--method", case.method, "--engine", case.engine, "--samples", str(samples)),
         *("--sequence-length", str(tokens), "--eval", "none", "--quiet", "--fresh"),
         *("--safety-data", str(prompts["malicious"]), "--benign-data", str(prompts["benign"])),
         *("--borderline-data", str(prompts["borderline"]), "--task-data", str(prompts["task"])),
         *("--text-data", str(prompts["text"])),
-        *case.length_flags(shorten),
+        *case.step_flags(shorten, samples),
+        *(
+            flag
+            for name, value in case.overrides.items()
+            if name != "steps"
+            for flag in ("--setting", f"{name}={value:g}")
+        ),
         *case.flags,
     ]

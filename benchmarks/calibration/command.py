@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.calibration.cases import CASES, DEFAULT, Case, find_cases
+from benchmarks.calibration.cases import CASES, DEFAULT, SAMPLES, Case, find_cases
 from benchmarks.calibration.ceilings import Ceilings, measure_ceilings
 from benchmarks.calibration.geometries import GEOMETRIES, find_geometry
 from benchmarks.calibration.goals import headline_figures, record_figures
@@ -49,14 +49,24 @@ def build_parser() -> argparse.ArgumentParser:
         "--only", nargs="+", default=list(DEFAULT), metavar="CASE", help=f"cases to run, of: {', '.join(CASES)}"
     )
     parser.add_argument("--shorten", type=int, default=1, metavar="N", help="take N times fewer steps (default: 1)")
+    parser.add_argument(
+        "--samples", type=int, default=SAMPLES, metavar="N", help=f"calibration prompts (default: {SAMPLES})"
+    )
     parser.add_argument("--tokens", type=int, default=128, metavar="N", help="of a prompt (default: 128)")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto (default), cpu or cuda")
-    parser.add_argument("--profile", action="store_true", help="list the kernels of the steps; the seconds are not kept")
+    parser.add_argument(
+        "--profile", action="store_true", help="list the kernels of the steps; the seconds are not kept"
+    )
     parser.add_argument(
         "--work", type=Path, default=Path("out/calibration"), metavar="DIR", help="gets weights and runs"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="gets tables and summary")
-    parser.add_argument("--docs", type=Path, default=DOCS, metavar="FILE", help="document whose tables are rendered")
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        metavar="FILE",
+        help="document to render (default: docs/calibration.md, with --results none)",
+    )
     parser.add_argument("--merge", nargs="+", type=Path, default=[], metavar="DIR", help="other calls' --results first")
     parser.add_argument("--only-report", action="store_true", help="run nothing: summary and document of what is there")
     return parser
@@ -72,7 +82,9 @@ def run_command(arguments: Sequence[str] | None = None) -> bool:
     if args.shorten < 1:
         raise ConfigError(f"--shorten must be 1 or more, not {args.shorten}")
     cases = find_cases(args.only)
-    split_document(args.docs, "goals")  # a document without a place for the tables is said at once
+    docs = args.docs or (DOCS if args.results == RESULTS else None)
+    if docs is not None:
+        split_document(docs, "goals")  # a document without a place for the tables is said at once
     for folder in args.merge:
         _merge(folder, args.results)
     failed = False
@@ -80,7 +92,7 @@ def run_command(arguments: Sequence[str] | None = None) -> bool:
         bench = _prepare(args)
         for case in cases:
             failed |= not _measure(bench, case, args.results)
-    report(args.results, args.docs)
+    report(args.results, docs)
     return failed
 
 
@@ -108,6 +120,7 @@ def _prepare(args: argparse.Namespace) -> Bench:
         device=device,
         ceilings=ceilings,
         shorten=args.shorten,
+        samples=args.samples,
         tokens=args.tokens,
         profile=args.profile,
     )
@@ -130,20 +143,25 @@ def _measure(bench: Bench, case: Case, results: Path) -> bool:
     return True
 
 
-def report(results: Path, docs: Path) -> None:
+def report(results: Path, docs: Path | None) -> None:
     """Write the summary's figures and the document's tables from the rows that are there."""
-    rows = read_rows(results / TABLE)
+    rows, kernels = read_rows(results / TABLE), _json(results / KERNELS)
     ceilings = {
-        device: Ceilings(**{name: found[name] for name in Ceilings.__dataclass_fields__})
+        device: Ceilings(**{field.name: found[field.name] for field in fields(Ceilings)})
         for device, found in _json(results / RATES).items()
     }
     figures = headline_figures(rows, ceilings)
     record_figures(figures, results / SUMMARY.name)
+    if docs is None:
+        return
     put_table(docs, "goals", goal_table(figures) + (f"\n{provenance_lines(rows)}\n" if rows else ""))
-    put_table(docs, "stages", stage_table(rows))
-    put_table(docs, "steps", step_table(rows))
-    put_table(docs, "estimate", estimate_table(rows, ceilings))
-    put_table(docs, "kernels", kernel_tables(_json(results / KERNELS)))
+    for name, table in (
+        ("stages", stage_table(rows)),
+        ("steps", step_table(rows)),
+        ("estimate", estimate_table(rows, ceilings)),
+        ("kernels", kernel_tables(kernels)),
+    ):
+        put_table(docs, name, table)
 
 
 def _merge(source: Path, results: Path) -> None:

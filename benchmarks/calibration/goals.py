@@ -85,15 +85,24 @@ GOALS = (
         authors="5.7 for a block",
     ),
     Goal(key="peak_device_low_gib", what="block-wise, peak device memory, low", unit="GiB", limit=4),
-    Goal(key="peak_host_gb", what="peak host memory, block-wise and resident, mapped file pages aside", unit="GB", limit=8),
+    Goal(
+        key="peak_host_gb",
+        what="peak host memory, block-wise and resident, mapped file pages aside",
+        unit="GB",
+        limit=8,
+    ),
     Goal(
         key="two_gpu_speedup",
         what="two GPUs against one, optimisation",
-        unit="×",
+        unit="times",
         limit=1.6,
         floor="2",
         at_least=True,
     ),
+    Goal(key="blockwise_13b_gib", what="13B block-wise, low, peak device memory", unit="GiB", limit=8),
+    Goal(key="blockwise_70b_gib", what="70B block-wise, low, peak device memory", unit="GiB", limit=16),
+    Goal(key="streamed_13b_gib", what="13B `realign` streamed, peak device memory", unit="GiB", limit=12),
+    Goal(key="streamed_70b_gib", what="70B `realign` streamed, peak device memory", unit="GiB", limit=24),
     Goal(
         key="rtx4090_estimate_s",
         what="RTX 4090, whole `realign` run, estimated",
@@ -115,6 +124,8 @@ class Figure:
 
 def headline_figures(rows: Sequence[Row], ceilings: Mapping[str, Ceilings]) -> dict[str, Figure]:
     """Return the headline figures that the rows have, by key: whole runs of the 7B geometry on a GPU.
+
+    Of larger geometries only the memory counts, which a shortened run needs as well.
 
     Args:
         rows: all that were measured.
@@ -155,12 +166,14 @@ def headline_figures(rows: Sequence[Row], ceilings: Mapping[str, Ceilings]) -> d
     if run is not None and run[TOTAL].device in ceilings and whole(run[TOTAL]):
         parts = estimate(run, ceilings[run[TOTAL].device], RTX_4090)
         put("rtx4090_estimate_s", run[TOTAL], lambda _: sum(part.seconds for part in parts))
+    for size in ("13b", "70b"):
+        for key, case in (("blockwise", "parity-low"), ("streamed", "realign-streamed")):
+            larger = find_run(on_gpu, f"llama-2-{size}", case, any_depth=True)
+            put(f"{key}_{size}_gib", None if larger is None else larger[TOTAL], lambda row: row.peak_device_gib)
     return found
 
 
-def _largest(
-    rows: Iterable[Row | None], value: Callable[[Row], float] = lambda row: row.peak_device_gib
-) -> Row | None:
+def _largest(rows: Iterable[Row | None], value: Callable[[Row], float] = lambda row: row.peak_device_gib) -> Row | None:
     """Return the row with the largest value, None where there is no row."""
     return max((row for row in rows if row is not None), key=value, default=None)
 

@@ -14,14 +14,20 @@ from pathlib import Path
 from qrealign.demo import demo_paths
 from qrealign.files import write_text
 
-COUNTS = {"malicious": 240, "benign": 240, "borderline": 80, "task": 40, "text": 120}  # a run keeps a quarter for evaluation
+COUNTS = {
+    "malicious": 240,
+    "benign": 240,
+    "borderline": 80,
+    "task": 40,
+    "text": 120,
+}  # a run keeps a quarter for evaluation
 MIN_LETTERS = 4
 
 
 def write_prompts(folder: Path, tokens: int, *, seed: int = 0) -> dict[str, Path]:
     """Write one file per kind of prompt and return them by kind; each prompt has at least `tokens` tokens.
 
-    Every word is one token at least, and the encoder cuts what is longer, so all prompts get the same length.
+    Every word is one token at least, and the encoder cuts what is longer: all prompts get that length, or one less.
     """
     words = _words()
     rng = random.Random(seed)
@@ -47,4 +53,6 @@ def _words() -> Sequence[str]:
     """Return the whole words of the shipped tokenizer's vocabulary."""
     tokenizer = json.loads((demo_paths().aligned / "tokenizer.json").read_text(encoding="utf-8"))
     pieces = [piece[1:] for piece in tokenizer["model"]["vocab"] if piece.startswith("Ġ")]
-    return sorted(piece.lower() for piece in pieces if piece.isalpha() and piece.isascii() and len(piece) >= MIN_LETTERS)
+    return sorted(
+        piece.lower() for piece in pieces if piece.isalpha() and piece.isascii() and len(piece) >= MIN_LETTERS
+    )

@@ -20,12 +20,13 @@ class Row:
     """One stage of one run, or the whole run as the stage `total`.
 
     `layers` are those measured and `full_layers` the geometry's; `shorten` is how many times fewer steps were taken
-    than the whole run has. `seconds` are measured; `full_seconds` is what the stage takes at its full number of steps,
-    the same where nothing was shortened. `peak_device_gib` counts live tensors, `peak_reserved_gib` what torch took from
-    the driver, the worst rank's with several GPUs; `peak_host_gb` is one process's, without mapped files.
+    than the whole run has. `seconds` are measured; `full_seconds` is what the stage takes with all steps, the same
+    where nothing was shortened. `peak_device_gib` counts live tensors, `peak_reserved_gib` what torch took from the
+    driver, the worst rank's with several GPUs; `peak_host_gb` is one process's, without mapped files.
 
-    The stage `steps` has more: `steps`, `step_ms` (median), `tokens`, `positions` at which the output head was read,
-    `tokens_per_s`, operations and bytes counted (`counting.py`), the shares of the measured rates that they come to, and `floor_s`, their time at those rates.
+    The stage `steps` has more: `steps`, `step_ms`, `tokens`, `positions` at which the output head was read,
+    `tokens_per_s`, operations and bytes as counted (`counting.py`), the shares of the measured rates that they come to,
+    and `floor_s`, their time at those rates.
     """
 
     geometry: str
@@ -80,10 +81,7 @@ def read_rows(path: Path) -> list[Row]:
     kinds = get_type_hints(Row)
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            return [
-                Row(**{name: kinds[name](value) for name, value in line.items()})  # type: ignore[arg-type]
-                for line in csv.DictReader(file)
-            ]
+            return [Row(**{name: kinds[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is no table of this benchmark ({error}): remove it and measure again") from error
 
@@ -96,9 +94,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     writer.writerow(names)
     for row in rows:
         values = asdict(row)
-        writer.writerow(
-            [f"{values[name]:.6g}" if isinstance(values[name], float) else values[name] for name in names]
-        )
+        writer.writerow([f"{values[name]:.6g}" if isinstance(values[name], float) else values[name] for name in names])
     write_text(path, text.getvalue())
 
 
@@ -121,13 +117,12 @@ def runs_of(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
     return {run: by_stage(group) for run, group in found.items()}
 
 
-def find_run(rows: Iterable[Row], geometry: str, case: str, device: str | None = None) -> Mapping[str, Row] | None:
-    """Return a whole model's run by its case, the latest in the file, or None."""
+def find_run(rows: Iterable[Row], geometry: str, case: str, *, any_depth: bool = False) -> Mapping[str, Row] | None:
+    """Return a geometry's run of a case, the latest in the file, or None; of a whole model, unless `any_depth`."""
     fitting = [
         stages
         for stages in runs_of(rows).values()
         if (stages[TOTAL].geometry, stages[TOTAL].case) == (geometry, case)
-        and stages[TOTAL].layers == stages[TOTAL].full_layers
-        and device in (None, stages[TOTAL].device)
+        and (any_depth or stages[TOTAL].layers == stages[TOTAL].full_layers)
     ]
     return fitting[-1] if fitting else None

@@ -20,10 +20,13 @@ from benchmarks.calibration.ceilings import Ceilings
 from benchmarks.calibration.counting import count_work
 from benchmarks.calibration.geometries import Geometry
 from benchmarks.calibration.rows import TOTAL, Row
-from benchmarks.calibration.spans import ORDER
+from benchmarks.calibration.spans import ORDER, REST
 from benchmarks.summary import provenance
+from qrealign.calibrate.schedule import block_epochs
 from qrealign.errors import QrealignError
 from qrealign.files import read_json, remove
+
+Record = Mapping[str, Any]  # what a worker has written
 
 GIB, GB = 2**30, 10**9
 LOG_LINES = 6  # of a run that failed
@@ -41,6 +44,7 @@ class Bench:
     device: torch.device
     ceilings: Ceilings
     shorten: int
+    samples: int
     tokens: int
     profile: bool = False
 
@@ -55,9 +59,10 @@ def run_case(bench: Bench, case: Case) -> tuple[list[Row], list[dict[str, Any]]]
     Raises:
         RunFailed: the run did not end well; its last lines are in the message.
     """
-    output, record, log = (bench.work / f"{case.name}{end}" for end in ("", ".json", ".log"))
-    for path in (output, *bench.work.glob(f"{case.name}*.json")):
-        remove(path)
+    folder = bench.work / "runs" / case.name
+    remove(folder)
+    folder.mkdir(parents=True)
+    output, log = folder / "output", folder / "log.txt"
     flags = run_flags(
         case,
         model=bench.model,
@@ -65,10 +70,12 @@ def run_case(bench: Bench, case: Case) -> tuple[list[Row], list[dict[str, Any]]]
         prompts=bench.prompts,
         output=output,
         shorten=bench.shorten,
+        samples=bench.samples,
         tokens=bench.tokens,
     )
-    command = [*_launcher(case.gpus), "-m", "benchmarks.calibration.worker", str(record)]
-    command += [*(["--profile"] if bench.profile else []), "--", *flags, "--device", bench.device.type]
+    command = [*_launcher(case.gpus), "-m", "benchmarks.calibration.worker", str(folder / "record.json")]
+    command += [*(["--profile"] if bench.profile else []), *(["--eager"] if case.extrapolated else [])]
+    command += ["--", *flags, "--device", bench.device.type]
     environment = {**os.environ, **({"QREALIGN_BACKEND": case.backend} if case.backend else {})}
     start = time.perf_counter()
     with log.open("w", encoding="utf-8") as file:
@@ -78,7 +85,7 @@ def run_case(bench: Bench, case: Case) -> tuple[list[Row], list[dict[str, Any]]]
     if status:
         tail = " | ".join(log.read_text(encoding="utf-8").splitlines()[-LOG_LINES:])
         raise RunFailed(f"{case.name} ended with exit status {status} after {seconds:.0f} s: {tail}")
-    records = [read_json(path) for path in sorted(bench.work.glob(f"{case.name}*.json"))]
+    records = [read_json(path) for path in sorted(folder.glob("record*.json"))]
     return _rows(bench, case, records, seconds), records[0]["kernels"]
 
 
@@ -99,9 +106,9 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
         raise
 
 
-def _rows(bench: Bench, case: Case, records: Sequence[Mapping[str, Any]], seconds: float) -> list[Row]:
-    """Return a run's rows: its stages in order, then the whole; with several ranks, the slowest and the largest."""
-    settings, geometry = case.settings(), bench.geometry
+def _rows(bench: Bench, case: Case, records: Sequence[Record], seconds: float) -> list[Row]:
+    """Return a run's rows: its stages in order, then the whole; of several ranks, the slowest and the largest."""
+    geometry, steps = bench.geometry, _step_figures(bench, case, records)
     spans = {
         name: {
             key: max(record["spans"].get(name, {}).get(key, 0) for record in records)
@@ -109,71 +116,71 @@ def _rows(bench: Bench, case: Case, records: Sequence[Mapping[str, Any]], second
         }
         for name in ORDER
     }
-    pinned = max(record["pinned_host_bytes"] for record in records)
-    whole = {key: max(span[key] for span in spans.values()) for key in spans["steps"]}
-    # Everything before the worker's clock starts is the interpreter's own start, which belongs to no stage but `other`.
-    spans["other"]["seconds"] += max(0.0, seconds - sum(span["seconds"] for span in spans.values()))
-    whole["seconds"], whole["peak_host_bytes"] = seconds, whole["peak_host_bytes"] + pinned
-    done = records[0]["steps"]
-    shortened = done and (bench.shorten > 1 or case.extrapolated)
-    full_steps = _full_steps(settings, geometry.layers) if shortened else done
+    whole = {key: max(span[key] for span in spans.values()) for key in spans[REST]} | {"seconds": seconds}
+    # What lies before the worker's clock is the interpreter's own start.
+    spans[REST]["seconds"] += max(0.0, seconds - sum(span["seconds"] for span in spans.values()))
+    shared = {
+        "geometry": geometry.name,
+        "layers": geometry.layers,
+        "full_layers": geometry.full_layers,
+        "case": case.name,
+        "gpus": case.gpus,
+        "shorten": max(1, round(full_steps(case, geometry, bench.samples) / steps["steps"]))
+        if _is_short(bench, case)
+        else 1,
+        **_stamp(bench.device),
+    }
     found = []
     for stage, span in [*spans.items(), (TOTAL, whole)]:
-        if not span["seconds"]:
-            continue
-        factor = full_steps / done if stage == "steps" and shortened else 1.0
-        found.append(
-            Row(
-                geometry=geometry.name,
-                layers=geometry.layers,
-                full_layers=geometry.full_layers,
-                case=case.name,
-                gpus=case.gpus,
-                shorten=max(1, round(full_steps / done)) if done else 1,
-                stage=stage,
-                seconds=span["seconds"],
-                full_seconds=span["seconds"] * factor,
-                gpu_hours=span["seconds"] * case.gpus / 3600 if bench.device.type == "cuda" else 0.0,
-                peak_device_gib=span["peak_device_bytes"] / GIB,
-                peak_reserved_gib=span["peak_reserved_bytes"] / GIB,
-                peak_host_gb=span["peak_host_bytes"] / GB,
-                **(_step_figures(bench, case, records) if stage == "steps" else {}),
-                **_stamp(bench.device),
-            )
-        )
+        figures: dict[str, Any] = {
+            "stage": stage,
+            "seconds": span["seconds"],
+            "full_seconds": span["seconds"],
+            "gpu_hours": span["seconds"] * case.gpus / 3600 if bench.device.type == "cuda" else 0.0,
+            "peak_device_gib": span["peak_device_bytes"] / GIB,
+            "peak_reserved_gib": span["peak_reserved_bytes"] / GIB,
+            "peak_host_gb": span["peak_host_bytes"] / GB,
+        }
+        if span["seconds"]:
+            found.append(Row(**{**shared, **figures, **(steps if stage == "steps" else {})}))
     return found
 
 
-def _step_figures(bench: Bench, case: Case, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what the row of the optimizer's steps has beyond seconds and peaks."""
-    first = records[0]
-    steps, tokens, seconds = first["steps"], first["tokens"], first["spans"]["steps"]["seconds"]
-    if not steps:
-        return {}
-    work = count_work(bench.geometry, case.engine, steps=steps, tokens=tokens, positions=first["positions"])
-    each = first["step_seconds"]
+def _is_short(bench: Bench, case: Case) -> bool:
+    """Return whether a run takes fewer steps than the whole one."""
+    return bench.shorten > 1 or case.extrapolated
+
+
+def full_steps(case: Case, geometry: Geometry, samples: int) -> int:
+    """Return how many optimizer steps the whole run of a case takes."""
+    settings = case.settings(samples)
+    if case.engine == "endtoend":
+        return settings.steps
+    epochs = sum(block_epochs(index, geometry.layers, settings.epochs) for index in range(geometry.layers))
+    return round(epochs * settings.samples / settings.batch_size)
+
+
+def _step_figures(bench: Bench, case: Case, records: Sequence[Record]) -> dict[str, Any]:
+    """Return what the row of the optimizer's steps has beyond peaks; the whole run's seconds where it was shortened."""
+    first, ceilings = records[0], bench.ceilings
+    steps, tokens, positions = (first[name] for name in ("steps", "tokens", "positions"))
+    seconds = max(record["spans"]["steps"]["seconds"] for record in records)
+    work = count_work(bench.geometry, case.engine, steps=steps, tokens=tokens, positions=positions)
+    # Where every step was waited for, the median leaves out the first, which warms up.
+    step = statistics.median(first["step_seconds"]) if first["step_seconds"] else seconds / steps
     return {
+        "full_seconds": step * full_steps(case, bench.geometry, bench.samples) if _is_short(bench, case) else seconds,
         "steps": steps,
-        "step_ms": 1e3 * (statistics.median(each) if len(each) >= steps / 2 else seconds / steps),
+        "step_ms": 1e3 * step,
         "tokens": tokens,
-        "positions": first["positions"],
-        "tokens_per_s": tokens / seconds,
+        "positions": positions,
+        "tokens_per_s": tokens / steps / step,
         "petaflop": work.flops() / 1e15,
         "terabytes": work.bytes() / 1e12,
-        "matmul_share": work.flops() / seconds / case.gpus / (bench.ceilings.bf16 * 1e12),
-        "copy_share": work.bytes() / seconds / (bench.ceilings.copy * GB),
-        "floor_s": work.seconds_at(bench.ceilings),
+        "matmul_share": work.flops() / steps / step / case.gpus / (ceilings.bf16 * 1e12),
+        "copy_share": work.bytes() / steps / step / (ceilings.copy * GB),
+        "floor_s": work.seconds_at(ceilings) / case.gpus,
     }
-
-
-def _full_steps(settings: Any, layers: int) -> int:
-    """Return how many optimizer steps the whole run takes."""
-    from qrealign.calibrate.schedule import block_epochs
-
-    if settings.engine == "endtoend":
-        return int(settings.steps)
-    epochs = sum(block_epochs(index, layers, settings.epochs) for index in range(layers))
-    return round(epochs * settings.samples / settings.batch_size)
 
 
 def _stamp(device: torch.device) -> dict[str, str]:

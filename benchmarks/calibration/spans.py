@@ -1,4 +1,4 @@
-"""Where a run's time and memory go: seconds and peaks of named functions of the pipeline, each less what runs inside it.
+"""Where a run's time and memory go: seconds and peaks of named functions of the pipeline, each less those inside it.
 
 The pipeline knows nothing of this: the functions are wrapped from outside, before it starts.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 
+from qrealign.resources import host_bytes
+
 SAMPLE_SECONDS = 0.01
 REST = "other"  # what no span covers: imports, checks, reports
 
@@ -24,7 +27,8 @@ REST = "other"  # what no span covers: imports, checks, reports
 class Target:
     """A function to be measured: its span's name, and where it is looked up, as `module:attribute.path`.
 
-    Inside an `atomic` one nothing else is counted: loading that overlaps with steps is part of the steps.
+    Inside an `atomic` one nothing else is counted: loading that overlaps with steps is part of the steps. Of a
+    generator, the time to each of its values counts.
     """
 
     span: str
@@ -37,6 +41,7 @@ TARGETS = (
     Target("teach", "qrealign.pipeline.main:run_teaching"),
     Target("load", "qrealign.pipeline.student:Student.__init__"),
     Target("load", "qrealign.models.source:ModelSource.load_block"),
+    Target("load", "qrealign.models.source:ModelSource.load_blocks"),
     Target("load", "qrealign.models.source:ModelSource.load_outer"),
     Target("capture", "qrealign.pipeline.calibrating:capture_block_inputs"),
     Target("capture", "qrealign.calibrate.blockwise:BlockwiseCalibrator._advance", atomic=True),
@@ -45,6 +50,7 @@ TARGETS = (
     Target("pack", "qrealign.pipeline.student:Student.freeze"),
     Target("pack", "qrealign.calibrate.blockwise:freeze_block"),
     Target("save", "qrealign.pack.writer:CheckpointWriter.add_block"),
+    Target("save", "qrealign.calibrate.handover:HandOver.wait"),
     Target("save", "qrealign.pack.writer:CheckpointWriter.add_outer"),
     Target("save", "qrealign.pack.writer:CheckpointWriter.finish"),
     Target("save", "qrealign.pipeline.main:verify_checkpoint"),
@@ -67,7 +73,7 @@ class Spans:
     """Attributes the main thread's time to the innermost span that is open.
 
     Device peaks are torch's: bytes in live tensors, and bytes taken from the driver. Host peaks are this process's
-    private and shared memory, without the pages of files mapped into it, which the system takes back when it needs to.
+    memory that no file backs (`qrealign.resources`).
     """
 
     found: dict[str, Span] = field(default_factory=lambda: {REST: Span()})
@@ -120,17 +126,7 @@ class Spans:
     def _watch(self) -> None:
         while not self._stop.wait(SAMPLE_SECONDS):
             span = self.found[self._open[-1]]
-            span.peak_host_bytes = max(span.peak_host_bytes, unmapped_bytes())
-
-
-def unmapped_bytes() -> int:
-    """Return this process's resident bytes that no file backs, 0 where the system does not say."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:
-            fields = dict(line.split(":", 1) for line in status if line.startswith(("RssAnon:", "RssShmem:")))
-    except OSError:
-        return 0
-    return 1024 * sum(int(value.split()[0]) for value in fields.values())
+            span.peak_host_bytes = max(span.peak_host_bytes, host_bytes())
 
 
 def instrument(spans: Spans, targets: Sequence[Target] = TARGETS) -> None:
@@ -140,13 +136,13 @@ def instrument(spans: Spans, targets: Sequence[Target] = TARGETS) -> None:
         AttributeError: the pipeline has no such function any more: the table above must follow it.
     """
     for target in targets:
-        owner, name, function = _find(target.place)
+        owner, name, function = find_function(target.place)
         setattr(owner, name, _wrapped(function, spans, target))
 
 
 def observe(place: str, after: Callable[..., None]) -> None:
     """Call `after(*arguments)` behind every call of the function at `place`, for the rest of the process."""
-    owner, name, function = _find(place)
+    owner, name, function = find_function(place)
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -157,7 +153,7 @@ def observe(place: str, after: Callable[..., None]) -> None:
     setattr(owner, name, wrapper)
 
 
-def _find(place: str) -> tuple[Any, str, Callable[..., Any]]:
+def find_function(place: str) -> tuple[Any, str, Callable[..., Any]]:
     """Return the object that holds a function, the function's name there, and the function."""
     module, _, path = place.partition(":")
     owner: Any = importlib.import_module(module)
@@ -168,6 +164,23 @@ def _find(place: str) -> tuple[Any, str, Callable[..., Any]]:
 
 
 def _wrapped(function: Callable[..., Any], spans: Spans, target: Target) -> Callable[..., Any]:
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def generate(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            values, done = function(*args, **kwargs), object()
+            try:
+                while True:
+                    with spans.span(target.span, atomic=target.atomic):
+                        value = next(values, done)
+                    if value is done:
+                        return
+                    yield value
+            finally:
+                values.close()
+
+        return generate
+
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         with spans.span(target.span, atomic=target.atomic):

@@ -56,7 +56,12 @@ def step_table(rows: Sequence[Row]) -> str:
         if (row := run.get("steps")) is None or not row.steps:
             continue
         cells = [f"{row.steps:,}", f"{row.step_ms:.2f}", f"{row.tokens_per_s:,.0f}", f"{row.seconds:.1f}"]
-        cells += [f"{row.full_seconds:.1f}", f"{row.floor_s:.1f}", f"{row.petaflop:.2f}", f"{100 * row.matmul_share:.0f}"]
+        cells += [
+            f"{row.full_seconds:.1f}",
+            f"{row.floor_s:.1f}",
+            f"{row.petaflop:.2f}",
+            f"{100 * row.matmul_share:.0f}",
+        ]
         lines.append([_geometry(row), _title(row), *cells, f"{row.terabytes:.2f}", f"{100 * row.copy_share:.0f}"])
     return markdown_table(header, lines, "ll" + "r" * (len(header) - 2))
 
@@ -93,8 +98,12 @@ def kernel_tables(kernels: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     for case, rows in kernels.items():
         whole = sum(row["seconds"] for row in rows)
         lines = [
-            [f"`{row['name'][:NAME_LENGTH]}`", f"{row['calls']:,}", f"{1e3 * row['seconds']:.1f}"]
-            + [f"{100 * row['seconds'] / whole:.0f}"]
+            (
+                f"`{row['name'][:NAME_LENGTH]}`",
+                f"{row['calls']:,}",
+                f"{1e3 * row['seconds']:.1f}",
+                f"{100 * row['seconds'] / whole:.0f}",
+            )
             for row in rows[:10]
         ]
         title = CASES[case].title
@@ -112,7 +121,9 @@ def provenance_lines(rows: Sequence[Row]) -> str:
 
 
 def _geometry(row: Row) -> str:
-    return row.geometry if row.layers == row.full_layers else f"{row.geometry}, {row.layers} of {row.full_layers} blocks"
+    return (
+        row.geometry if row.layers == row.full_layers else f"{row.geometry}, {row.layers} of {row.full_layers} blocks"
+    )
 
 
 def _title(row: Row) -> str:

@@ -31,7 +31,7 @@ BLOCKS_SHARE = 0.5  # of the embeddings' variance: what all blocks together add 
 REFUSAL = (" cannot", " help")  # single tokens of the demo's vocabulary
 HEADER = "<|assistant|>"
 LORA_RANK, LORA_ALPHA, LORA_STD = 8, 16, 0.02
-WRITERS = 4  # shards written at once
+WRITERS = 8  # shards written at once
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 

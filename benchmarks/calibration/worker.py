@@ -1,6 +1,6 @@
 """One run of `python -m qrealign.run` in a process of its own, with its stages measured.
 
-python -m benchmarks.calibration.worker RECORD.json [--profile] -- FLAGS OF qrealign.run
+python -m benchmarks.calibration.worker RECORD.json [--profile] [--eager] -- FLAGS OF qrealign.run
 """
 
 from __future__ import annotations
@@ -43,14 +43,16 @@ class Steps:
         self.tokens += sum(len(sample.input_ids) for sample in samples)
         self.positions += sum(len(sample.positions) for sample in samples)
 
-    def add_block(self, calibrator: Any, index: int, *_: Any) -> None:
-        """Count a finished block: the real tokens of the steps that it took."""
-        steps, mask = calibrator.steps_of(index), calibrator.inputs.mask
+    def add_block(self, calibrator: Any, *_: Any) -> None:
+        """Count a finished block: the steps that it took, which the end of its curve tells, and their real tokens."""
+        steps, mask = calibrator.curve[-1].step + 1, calibrator.inputs.mask
         self.count += steps
         self.tokens += round(steps * calibrator.settings.batch_size * float(mask.sum()) / len(mask))
 
     def add_step(self, *_: Any) -> None:
-        """Note the end of a step."""
+        """Note the end of a step, once the device has reached it."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
 
@@ -59,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration.worker")
     parser.add_argument("record", type=Path)
     parser.add_argument("--profile", action="store_true", help="list the kernels of the optimizer's steps")
+    parser.add_argument("--eager", action="store_true", help="no recorded steps; every one is waited for and timed")
     parser.add_argument("flags", nargs="+", help="behind --: the flags of qrealign.run")
     args = parser.parse_args(arguments)
     from qrealign.run import main as run
@@ -68,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _profile_steps(kernels)
     observe("qrealign.calibrate.endtoend:EndToEndCalibrator.run", steps.add_endtoend)
     observe("qrealign.calibrate.blockwise:BlockwiseCalibrator._train", steps.add_block)
-    observe("qrealign.calibrate.parameters:Trainable.step", steps.add_step)
+    if args.eager:
+        _call_instead_of_recording()
+        observe("qrealign.calibrate.parameters:Trainable.step", steps.add_step)
     instrument(spans)
     with spans.watching():
         status = run(args.flags)
@@ -83,18 +88,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "tokens": steps.tokens,
             "positions": steps.positions,
             "step_seconds": [round(b - a, 6) for a, b in zip(steps.ends, steps.ends[1:], strict=False)],
-            "pinned_host_bytes": _pinned_bytes(),
             "kernels": kernels,
         },
     )
     return status
 
 
-def _pinned_bytes() -> int:
-    """Return the most page-locked host memory that torch has held: the driver's mapping is in no resident count."""
-    if not torch.cuda.is_initialized():
-        return 0
-    return int(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0))
+def _call_instead_of_recording() -> None:
+    """Have every step's operations started one by one, as plain PyTorch does."""
+    from qrealign.calibrate.graphs import Recorded
+
+    Recorded.record = lambda self: None  # type: ignore[method-assign]
 
 
 def _profile_steps(kernels: list[dict[str, Any]]) -> None:
@@ -103,7 +107,7 @@ def _profile_steps(kernels: list[dict[str, Any]]) -> None:
 
     for target in tools.TARGETS:
         if target.span == "steps":
-            owner, name, function = tools._find(target.place)
+            owner, name, function = tools.find_function(target.place)
 
             def wrapper(*args: Any, _function: Any = function, **kwargs: Any) -> Any:
                 with _profiled(kernels):
@@ -121,7 +125,11 @@ def _profiled(kernels: list[dict[str, Any]]) -> Iterator[None]:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     rows = [
-        {"name": event.key, "calls": event.count, "seconds": (event.self_device_time_total or event.self_cpu_time_total) / 1e6}
+        {
+            "name": event.key,
+            "calls": event.count,
+            "seconds": (event.self_device_time_total or event.self_cpu_time_total) / 1e6,
+        }
         for event in profile.key_averages()
     ]
     kernels[:] = sorted(rows, key=lambda row: -row["seconds"])[:PROFILED_KERNELS]

@@ -50,8 +50,8 @@ class RandomFiles(WeightFiles):
         self._normal = (torch.randn(count, generator=generator) * _WEIGHT_STD).bfloat16()
         self._bytes = torch.randint(-128, 128, (4 * count,), dtype=torch.int8, generator=generator)
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return CPU tensors by name."""
+    def read(self, names: Iterable[str], *, check: bool = True) -> dict[str, Tensor]:
+        """Return CPU tensors by name; there is nothing to check."""
         return {name: self._draw(name, self.tensors[name]) for name in names}
 
     def _draw(self, name: str, info: TensorInfo) -> Tensor:

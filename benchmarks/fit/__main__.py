@@ -35,12 +35,15 @@ def table(rows: Sequence[Fit]) -> str:
     cells = {(row.case, row.gpu_class, row.key, row.target): row for row in rows}
     body = []
     for case, gpu_class, key in dict.fromkeys(name[:3] for name in cells):
-        fits = [cells[case, gpu_class, key, target] for target in TARGETS]
-        body.append([case, f"{gpu_class}/{key}", str(fits[0].num_warps), *map(_cell, fits)])
+        fits = [cells.get((case, gpu_class, key, target)) for target in TARGETS]
+        warps = next(fit.num_warps for fit in fits if fit is not None)
+        body.append([case, f"{gpu_class}/{key}", str(warps), *map(_cell, fits)])
     return markdown_table(["kernel", "launch", "warps", *(f"sm_{target}" for target in TARGETS)], body, "llr")
 
 
-def _cell(fit: Fit) -> str:
+def _cell(fit: Fit | None) -> str:
+    if fit is None:
+        return ""
     spills = f", {fit.spilled_bytes} B spilled" if fit.spilled_bytes else ""
     return f"{fit.registers} / {fit.shared_bytes / 1024:.1f} / {100 * fit.occupancy:.0f} %{spills}"
 
@@ -55,7 +58,7 @@ def main() -> int:
         (build.case, build.gpu_class, build.key, target)
         for case in chosen
         for build in builds(case)
-        for target in TARGETS
+        for target in build.targets(TARGETS)
     ]
     rows = compile_all(jobs)
     text = table(sorted(rows, key=lambda row: jobs.index((row.case, row.gpu_class, row.key, row.target))))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import triton
 
 from qrealign_kernels import launches
 
-PARTS = ("benchmarks.fit.calibration",)  # each has CASES, a tuple of `Case`
+PARTS = ("benchmarks.fit.calibration", "benchmarks.fit.products")  # each has CASES, a tuple of `Case`
 OPTIONS = ("num_warps", "num_stages")  # of a launch choice; all else in it is a constexpr argument
 
 
@@ -55,6 +55,10 @@ class Build:
     gpu_class: str
     key: str
     choice: tuple[tuple[str, int], ...]
+
+    def targets(self, targets: Sequence[int]) -> list[int]:
+        """Return those of the targets that use this choice: a GPU class's own table serves no other GPU."""
+        return [target for target in targets if self.gpu_class in (launches.DEFAULT, f"sm{target}")]
 
 
 def all_cases() -> dict[str, Case]:

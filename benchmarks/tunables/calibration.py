@@ -1,37 +1,216 @@
-"""Launch candidates of the calibration kernels, and the calls that time them, at the widths of 7B layers."""
+"""Launch candidates of the calibration kernels, and the calls that time them, at the shapes of 7B layers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import qrealign_kernels as kernels
 from benchmarks.timing import rotations
 from benchmarks.tunables.tunable import Calls, Tunable
 from qrealign_kernels.launches import Choice
+from qrealign_kernels.reference_calibration import WeightTransform
+from qrealign_kernels.triton_activations import rms_norm_gradients
+from qrealign_kernels.triton_weight_gradients import edited_weight_gradients
+
+# Key -> rows, columns and group size of the weight that stands for it.
+WEIGHTS = {
+    "128": (4096, 4096, 128),
+    "4096": (11008, 4096, 0),
+    "8192": (8192, 8192, 0),
+    "16384": (4096, 11008, 0),
+    "32768": (8192, 28672, 0),
+}
+EDITED = {"16": (4096, 4096, 8), "32": (4096, 4096, 32), "64": (4096, 4096, 64)}
+TOKENS = {
+    "4096": (2048, 4096),
+    "8192": (2048, 8192),
+    "16384": (2048, 11008),
+    "32768": (2048, 28672),
+    "4096-few": (1, 4096),
+    "8192-few": (1, 8192),
+    "16384-few": (1, 11008),
+    "32768-few": (1, 28672),
+}
 
 
-def per_token_candidates(key: str) -> list[Choice]:
-    """Return tiles of at most 4,096 values."""
+def grid(candidates: dict[str, Sequence[int]], keep: Callable[[Choice], bool]) -> list[Choice]:
+    """Return every combination that `keep` accepts."""
+    choices = (dict(zip(candidates, values, strict=True)) for values in product(*candidates.values()))
+    return [choice for choice in choices if keep(choice)]
+
+
+def _held(choice: Choice, width: int, rows: str) -> bool:
+    """Tell whether a thread holds 4 to 64 values of the tile."""
+    return 4 <= choice[rows] * width / (32 * choice["num_warps"]) <= 64
+
+
+def weight_candidates(key: str) -> list[Choice]:
+    """Return tiles of whole groups: many rows of short ones, one row of long ones."""
+    width, short = int(key), int(key) <= 1024
+    return grid(
+        {
+            "BLOCK_N": (16, 32, 64) if short else (1,),
+            "STEPS": (1, 4, 16),
+            "AHEAD": (1, 2),
+            "num_warps": (4, 8) if short else (4, 8, 16, 32),
+        },
+        lambda choice: _held(choice, width, "BLOCK_N") and (choice["AHEAD"] == 1 or choice["STEPS"] > 2),
+    )
+
+
+def edited_candidates(key: str) -> list[Choice]:
+    """Return tiles of a few rows and a part of their columns."""
+    return grid(
+        {"BLOCK_N": (16, 32, 64), "BLOCK_C": (64, 128, 256), "AHEAD": (1, 2, 3), "num_warps": (4, 8)},
+        lambda choice: 1024 <= choice["BLOCK_N"] * choice["BLOCK_C"] <= 8192,
+    )
+
+
+def product_candidates(key: str) -> list[Choice]:
+    """Return tiles of the rows of some groups of 128 and the tokens of a step."""
+    return grid(
+        {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "AHEAD": (1, 2, 3), "num_warps": (4, 8)},
+        lambda choice: choice["AHEAD"] * choice["BLOCK_M"] * (choice["BLOCK_N"] + 128) <= 48 * 1024,
+    )
+
+
+def token_candidates(key: str) -> list[Choice]:
+    """Return tiles of whole tokens."""
+    width = int(key.partition("-")[0])
+    rows = (1, 2, 4) if width <= 4096 and "few" not in key else (1,)
+    return grid({"BLOCK_R": rows, "num_warps": (2, 4, 8, 16, 32)}, lambda choice: _held(choice, width, "BLOCK_R"))
+
+
+def norm_gradient_candidates(key: str) -> list[Choice]:
+    """Return tiles of whole tokens, and how many of them a program takes one after the other."""
+    width = int(key.partition("-")[0])
+    return grid(
+        {"BLOCK_R": (1,), "STEPS": (1,) if "few" in key else (2, 4, 8, 16), "num_warps": (4, 8, 16, 32)},
+        lambda choice: _held(choice, width, "BLOCK_R"),
+    )
+
+
+def _randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+def learned(rows: int, columns: int, group_size: int) -> dict[str, Any]:
+    """Return all that block-wise calibration learns of a weight, and its grid, as the op's keyword arguments."""
+    shape = (rows, columns // (group_size or columns))
+    return {
+        "low_logit": _randn(*shape, dtype=torch.float32) + 4,
+        "high_logit": _randn(*shape, dtype=torch.float32) + 4,
+        "column_scale": torch.rand(columns, device="cuda") + 0.5,
+        "row_divisor": torch.rand(rows, device="cuda") + 0.5,
+        "num_bits": 4 if group_size else 8,
+        "group_size": group_size or None,
+    }
+
+
+def forward_calls(rows: int, columns: int, group_size: int) -> Calls:
+    """Return calls that round a bfloat16 weight to bfloat16."""
+    arguments = learned(rows, columns, group_size) | {"out_dtype": torch.bfloat16}
     return [
-        {"BLOCK_R": rows, "num_warps": warps} for rows in (1, 2, 4) if rows * int(key) <= 4096 for warps in (2, 4, 8)
+        partial(kernels.fake_quant_weight, _randn(rows, columns) * 0.02, **arguments)
+        for _ in range(rotations(4 * rows * columns))
     ]
 
 
-def per_token_calls(tokens: int, width: int) -> Calls:
-    """Return calls that quantize `[tokens, width]` bfloat16 activations."""
-    sets = [
-        torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16) for _ in range(rotations(3 * tokens * width))
+def gradient_calls(rows: int, columns: int, group_size: int) -> Calls:
+    """Return calls that reduce a bfloat16 gradient to all that is learned.
+
+    Autograd would start them on the stream of the forward pass, which a graph cannot capture.
+    """
+    arguments = learned(rows, columns, group_size)
+    transform = WeightTransform(arguments.pop("column_scale"), arguments.pop("row_divisor"))
+    call = partial(
+        edited_weight_gradients,
+        transform=transform,
+        wanted=frozenset({"low_logit", "high_logit", "column_scale", "row_divisor"}),
+        symmetric=True,
+        scale_dtype=torch.bfloat16,
+        **arguments,
+    )
+    return [
+        partial(call, _randn(rows, columns), _randn(rows, columns) * 0.02) for _ in range(rotations(4 * rows * columns))
     ]
-    return [partial(kernels.quantize_per_token, x) for x in sets]
+
+
+def product_calls(tokens: int, rows: int, columns: int, group_size: int) -> Calls:
+    """Return calls that reduce the product of a bfloat16 gradient and input while it is made."""
+    arguments = learned(rows, columns, group_size)
+    return [
+        partial(
+            kernels.reduced_weight_gradient,
+            _randn(tokens, rows),
+            _randn(tokens, columns),
+            _randn(rows, columns) * 0.02,
+            **arguments,
+        )
+        for _ in range(rotations(2 * rows * columns))
+    ]
+
+
+def edited_calls(rows: int, columns: int, rank: int) -> Calls:
+    """Return calls that encode a bfloat16 weight with an edit."""
+    left, right = _randn(rows, rank, dtype=torch.float32) * 0.01, _randn(rank, columns, dtype=torch.float32) * 0.02
+    return [
+        partial(kernels.encode_weight, _randn(rows, columns) * 0.02, num_bits=8, left=left, right=right)
+        for _ in range(rotations(3 * rows * columns))
+    ]
+
+
+def token_calls(tokens: int, columns: int) -> Calls:
+    """Return calls that quantize bfloat16 tokens."""
+    return [
+        partial(kernels.quantize_per_token, _randn(tokens, columns)) for _ in range(rotations(3 * tokens * columns))
+    ]
+
+
+def norm_calls(tokens: int, columns: int) -> Calls:
+    """Return calls that normalize and quantize bfloat16 tokens."""
+    weight = torch.rand(columns, device="cuda").bfloat16() + 0.5
+    return [
+        partial(kernels.rms_norm_quantize, _randn(tokens, columns), weight, 1e-5)
+        for _ in range(rotations(3 * tokens * columns))
+    ]
+
+
+def norm_gradient_calls(tokens: int, columns: int) -> Calls:
+    """Return calls of the norm's backward."""
+    weight = torch.rand(columns, device="cuda").bfloat16() + 0.5
+    call = partial(rms_norm_gradients, weight=weight, eps=1e-5, offset=0.0)
+    return [
+        partial(call, _randn(tokens, columns), _randn(tokens, columns)) for _ in range(rotations(6 * tokens * columns))
+    ]
+
+
+def gate_calls(tokens: int, columns: int) -> Calls:
+    """Return calls that gate and quantize the two halves of a wider bfloat16 tensor."""
+    return [
+        partial(kernels.silu_mul_quantize, *_randn(tokens, 2 * columns).split(columns, dim=-1))
+        for _ in range(rotations(5 * tokens * columns))
+    ]
 
 
 TUNABLES = (
+    Tunable(name="fake_quant_edited_fwd", keys=WEIGHTS, candidates=weight_candidates, make_calls=forward_calls),
+    Tunable(name="weight_gradients_bwd", keys=WEIGHTS, candidates=weight_candidates, make_calls=gradient_calls),
+    Tunable(name="fake_quant_edited_steps_fwd", keys=EDITED, candidates=edited_candidates, make_calls=edited_calls),
     Tunable(
-        name="looped_rows",
-        keys={"2048": (2048, 4096)},
-        candidates=per_token_candidates,
-        make_calls=per_token_calls,
+        name="product_gradients_bwd",
+        keys={"default": (256, 4096, 4096, 128)},
+        candidates=product_candidates,
+        make_calls=product_calls,
     ),
+    Tunable(name="quantize_per_token", keys=TOKENS, candidates=token_candidates, make_calls=token_calls),
+    Tunable(name="rms_norm_quantize", keys=TOKENS, candidates=token_candidates, make_calls=norm_calls),
+    Tunable(name="silu_mul_quantize", keys=TOKENS, candidates=token_candidates, make_calls=gate_calls),
+    Tunable(name="rms_norm_bwd", keys=TOKENS, candidates=norm_gradient_candidates, make_calls=norm_gradient_calls),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from qrealign_kernels.launches import Choice
@@ -26,7 +26,7 @@ class Tunable:
     """
 
     name: str
-    keys: dict[str, tuple[int, ...]]
+    keys: Mapping[str, tuple[int, ...]]
     candidates: Callable[[str], list[Choice]]
     make_calls: Callable[..., Calls]
 

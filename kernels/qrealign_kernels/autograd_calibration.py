@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qrealign_kernels.interface import Backend
-from qrealign_kernels.reference_calibration import WeightTransform
+from qrealign_kernels.reference_calibration import WeightGradients, WeightTransform
 
 
 class EditedFakeQuantFunction(torch.autograd.Function):
@@ -47,7 +48,7 @@ class EditedFakeQuantFunction(torch.autograd.Function):
             low_logit,
             high_logit,
             transform=WeightTransform(*transform),
-            wanted=ctx.needs_input_grad[:7],
+            wanted=frozenset(itertools.compress(WeightGradients._fields, ctx.needs_input_grad)),
             **ctx.grid,
         )
         return (*gradients, None, None, None)

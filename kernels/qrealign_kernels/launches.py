@@ -45,6 +45,13 @@ def choice(kernel: str, key: str, device: torch.device | None = None) -> Choice:
     Raises:
         KeyError: no table knows the kernel; every kernel has a "default" entry in the class "default".
     """
+    if (found := find(kernel, key, device)) is not None:
+        return found
+    raise KeyError(f"no launch table has a choice for {kernel}")
+
+
+def find(kernel: str, key: str, device: torch.device | None = None) -> Choice | None:
+    """Return what `choice` returns, or None where no table knows the kernel: one that is used only where it was tuned."""
     if kernel in _forced:
         return _forced[kernel]
     index = None if device is None or device.type != "cuda" else device.index
@@ -54,7 +61,7 @@ def choice(kernel: str, key: str, device: torch.device | None = None) -> Choice:
         entries = table(name).get(kernel, {})
         if (found := entries.get(key) or entries.get(DEFAULT)) is not None:
             return found
-    raise KeyError(f"no launch table has a choice for {kernel}")
+    return None
 
 
 @contextlib.contextmanager

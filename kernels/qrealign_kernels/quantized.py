@@ -27,11 +27,12 @@ class PackedWeight:
     """A quantized weight in the layout that one backend's `packed_linear` reads; made by `repack_weight`.
 
     Callers read `shape`, `num_bits`, `activation_bits`, `group_size` and `device`; the tensors belong to the backend.
+    They are constants: a kernel may read them before the kernel in front of it has ended.
 
     Attributes:
         data: the codes, arranged as `layout` says.
-        scale: `[N, G]` floating point, weight units per code; a backend may keep it in any dtype that holds it exactly.
-        zero_point: `[N, G]` int8, or None for symmetric weights.
+        scale: `[N, G]` or `[G, N]` floating point, weight units per code, in any dtype that holds it exactly.
+        zero_point: int8 in the scale's shape, or None for symmetric weights.
         shape: `(N, K)` of the weight.
         num_bits: 4 or 8.
         activation_bits: bits of the codes that activations are rounded to, None to leave them in floating point.
@@ -54,7 +55,7 @@ class PackedWeight:
     @property
     def groups(self) -> int:
         """Scales of a row: G."""
-        return self.scale.shape[1]
+        return self.scale.numel() // self.shape[0]
 
     @property
     def device(self) -> torch.device:

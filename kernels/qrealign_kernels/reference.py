@@ -110,7 +110,7 @@ def _to_rows(tensor: Tensor, group_size: int | None) -> Tensor:
     return tensor.reshape(-1, group_size or tensor.shape[-1])
 
 
-def _share(logit: Tensor | None) -> Tensor | None:
+def kept_share(logit: Tensor | None) -> Tensor | None:
     """Return the kept share of a bound as `[R, 1]` float32, from its `[N, G]` logit."""
     return None if logit is None else torch.sigmoid(logit.float()).reshape(-1, 1)
 
@@ -152,7 +152,12 @@ def fake_quant_weight_ref(
     """
     rows = _to_rows(weight, group_size).float()
     grid = weight_grid(
-        rows, _share(low_logit), _share(high_logit), num_bits=num_bits, symmetric=symmetric, scale_dtype=scale_dtype
+        rows,
+        kept_share(low_logit),
+        kept_share(high_logit),
+        num_bits=num_bits,
+        symmetric=symmetric,
+        scale_dtype=scale_dtype,
     )
     clipped = torch.where(rows < grid.low, grid.low, torch.where(rows > grid.high, grid.high, rows))
     steps = _steps_ref(clipped.detach(), grid, num_bits)
@@ -179,7 +184,12 @@ def quantize_weight_ref(
     with torch.no_grad():
         rows = _to_rows(weight, group_size).float()
         grid = weight_grid(
-            rows, _share(low_logit), _share(high_logit), num_bits=num_bits, symmetric=symmetric, scale_dtype=scale_dtype
+            rows,
+            kept_share(low_logit),
+            kept_share(high_logit),
+            num_bits=num_bits,
+            symmetric=symmetric,
+            scale_dtype=scale_dtype,
         )
         steps = _steps_ref(rows.clamp(grid.low, grid.high), grid, num_bits)
         codes = steps if grid.zero_point is None else steps + grid.zero_point

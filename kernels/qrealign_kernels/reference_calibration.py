@@ -37,10 +37,7 @@ class WeightTransform(NamedTuple):
 
 
 class WeightGradients(NamedTuple):
-    """Gradients of what a weight's rounding depends on, in the order of the op's arguments; None where not asked for.
-
-    `weight` and `edited` are `[N, K]`, of the weight and of the weight after transform and edit.
-    """
+    """Gradients of what a rounded weight depends on, in the order of the op's arguments; None where not wanted."""
 
     weight: Tensor | None = None
     low_logit: Tensor | None = None

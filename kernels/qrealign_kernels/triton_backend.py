@@ -1,13 +1,26 @@
-"""The backend "triton": every op that has Triton kernels."""
+"""The backend of the Triton kernels: what each op runs on a GPU."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from qrealign_kernels import triton_fake_quant, triton_linear
+from qrealign_kernels import triton_activations, triton_linear, triton_weight, triton_weight_gradients
+from qrealign_kernels.interface import REFERENCE
 
 BACKEND = dataclasses.replace(
-    triton_fake_quant.BACKEND,
+    REFERENCE,
+    fake_quant_per_token=triton_activations.fake_quant_per_token,
+    quantize_per_token=triton_activations.quantize_per_token,
+    encode_weight=triton_weight.encode_weight,
+    fake_quant_edited_weight=triton_weight.fake_quant_edited_weight,
+    edited_weight_gradients=triton_weight_gradients.edited_weight_gradients,
+    reduced_weight_gradient=triton_weight_gradients.reduced_weight_gradient,
+    rms_norm_quantize=triton_activations.rms_norm_quantize,
+    rms_norm_fake_quant=triton_activations.rms_norm_fake_quant,
+    rms_norm_gradients=triton_activations.rms_norm_gradients,
+    silu_mul_quantize=triton_activations.silu_mul_quantize,
+    silu_mul_fake_quant=triton_activations.silu_mul_fake_quant,
+    silu_mul_gradients=triton_activations.silu_mul_gradients,
     repack_weight=triton_linear.repack_weight,
     packed_linear=triton_linear.packed_linear,
     int8_matmul=triton_linear.int8_matmul,

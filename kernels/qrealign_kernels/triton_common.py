@@ -10,10 +10,20 @@ import os
 import torch
 from torch import Tensor
 
+# Keys of the launch tables of kernels whose tiles hold whole rows. The widest takes 32 registers of each of 1,024
+# threads; what is wider goes another way.
+KEY_WIDTHS = (128, 1024, 4096, 8192, 16384, 32768)
+LARGEST_WIDTH = KEY_WIDTHS[-1]
 
-def tile_width(columns: int, largest: int) -> int:
-    """Return the columns of a tile: the power of two that holds a row, or the largest allowed."""
-    return min(1 << (columns - 1).bit_length(), largest)
+
+def tile_width(columns: int) -> int:
+    """Return the columns of a tile that holds a row: a power of two."""
+    return 1 << (columns - 1).bit_length()
+
+
+def width_key(width: int) -> str:
+    """Return the key of launch tables for tiles of this width: the next of `KEY_WIDTHS`, whose tile is no smaller."""
+    return str(next(key for key in KEY_WIDTHS if key >= width))
 
 
 def interpreting() -> bool:

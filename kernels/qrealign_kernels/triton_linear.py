@@ -1,7 +1,8 @@
 """The quantized linear products on Triton kernels: which kernel for how many tokens, and its launch.
 
 Keys of the launch tables are the number of tokens rounded up to a power of two, "m1" to "m8192". A choice gives the
-kernel's tile, warps and stages; OVERLAP is 1 where the GPU can start a kernel before the one in front of it ends.
+kernel's tile, warps and stages. The entry "linear_routes" gives the tokens up to which a kernel is used: INT8_FEW,
+INT4_FEW (both kinds of tokens) and INT4_TILE, behind which the library multiplies a dequantized copy of the weight.
 """
 
 from __future__ import annotations
@@ -12,15 +13,14 @@ import torch
 import triton
 from torch import Tensor
 
-from qrealign_kernels import launches, layouts, reference_linear, triton_decode, triton_few, triton_tiles
+from qrealign_kernels import cuda, launches, layouts, reference_linear, triton_decode, triton_few, triton_tiles
 from qrealign_kernels.layouts import BLOCK, PLANE, PLANES4, ROWS8
 from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
 from qrealign_kernels.reference import ZERO_SCALE_REPLACEMENT, code_range
-from qrealign_kernels.triton_common import interpreting, on_device_of
-from qrealign_kernels.triton_fake_quant import quantize_per_token
+from qrealign_kernels.triton_activations import quantize_per_token
+from qrealign_kernels.triton_common import on_device_of
+from qrealign_kernels.triton_overlap import overlap
 
-FEW = 16  # tokens up to which a weight streams past all of them at once
-LIBRARY = 256  # tokens from which 4-bit weights are dequantized once and multiplied by the library
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -41,8 +41,8 @@ def repack_weight(
         )
     return PackedWeight(
         data=data,
-        scale=layouts.narrowest_scale(scale),
-        zero_point=None if zero_point is None else zero_point.contiguous(),
+        scale=layouts.narrowest_scale(scale).t().contiguous(),  # `[G, N]`: rows of a tile are read together
+        zero_point=None if zero_point is None else zero_point.t().contiguous(),
         shape=(codes.shape[0], codes.shape[1]),
         num_bits=num_bits,
         activation_bits=activation_bits,
@@ -59,6 +59,8 @@ def packed_linear(
     if tokens.shape[0] == 0:
         return out
     with on_device_of(tokens):
+        if (done := cuda.packed_linear(x, weight, bias, out)) is not None:
+            return done
         if weight.activation_bits is None:
             assert isinstance(x, Tensor)
             return _float_product(x.contiguous(), weight, bias, out)
@@ -68,34 +70,37 @@ def packed_linear(
 def _integer_product(
     x: Tensor | QuantizedActivations, weight: PackedWeight, bias: Tensor | None, out: Tensor
 ) -> Tensor:
-    bits = weight.activation_bits or 8
-    if out.shape[0] == 1:
+    tokens, routes = out.shape[0], launches.choice("linear_routes", launches.DEFAULT, out.device)
+    if tokens == 1:
         return _launch_gemv(x, weight, bias, out)
+    bits = weight.activation_bits or 8
     codes, scale = quantize_per_token(x, bits) if isinstance(x, Tensor) else (x.codes.contiguous(), x.scale)
     if weight.layout == ROWS8:
-        if out.shape[0] <= FEW:
+        if tokens <= routes["INT8_FEW"]:
             return _launch_int8_few(layouts.pad_columns(codes, layouts.ALIGNMENT), scale, weight, bias, out)
-        return _launch_int8_tile(codes, scale, weight.data, weight.scale, None, bias, out, padded=True)
-    if out.shape[0] <= FEW:
+        return _launch_int8_tile(codes, scale, weight.data, weight.scale.t(), None, bias, out)
+    if tokens <= routes["INT4_FEW"]:
         return _launch_int4_few(codes, scale, weight, bias, out)
     # The zero point is subtracted while unpacking: 4-bit differences fit eight bits.
-    steps = _unpack4(weight, torch.int8)
-    return _launch_int8_tile(codes, scale, steps, weight.scale, None, bias, out)
+    return _launch_int8_tile(codes, scale, _unpack4(weight, torch.int8), weight.scale.t(), None, bias, out)
 
 
 def _float_product(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> Tensor:
-    tokens = x.shape[0]
+    tokens, routes = out.shape[0], launches.choice("linear_routes", launches.DEFAULT, out.device)
     if weight.layout == PLANES4 and tokens == 1:
         return _launch_gemv(x, weight, bias, out)
-    if x.dtype in _HALVES and tokens <= FEW:
-        if weight.layout == ROWS8:
-            return _launch_int8_few(x, None, weight, bias, out)
+    if x.dtype in _HALVES and weight.layout == ROWS8 and tokens <= routes["INT8_FEW"]:
+        return _launch_int8_few(x, None, weight, bias, out)
+    if x.dtype in _HALVES and weight.layout == PLANES4 and tokens <= routes["INT4_FEW"]:
         return _launch_int4_few(x, None, weight, bias, out)
-    if weight.layout == PLANES4 and x.dtype in _HALVES and tokens < LIBRARY:
+    if x.dtype in _HALVES and weight.layout == PLANES4 and tokens <= routes["INT4_TILE"]:
         return _launch_int4_tile(x, weight, bias, out)
-    dense = _unpack4(weight, x.dtype) if weight.layout == PLANES4 else _scale8(weight.data, weight.scale, None, x)
-    product = torch.mm(x, dense[:, : x.shape[1]].T)
-    return product.to(out.dtype) if bias is None else product.add_(bias.to(product.dtype)).to(out.dtype)
+    if weight.layout == PLANES4:
+        dense = _unpack4(weight, x.dtype)
+    else:
+        dense = _scale8(weight.data[:, : x.shape[1]], weight.scale.t(), None, x.dtype)
+    product = torch.mm(x, dense.T)
+    return product.to(out.dtype) if bias is None else product.add_(bias).to(out.dtype)
 
 
 def int8_matmul(
@@ -121,46 +126,26 @@ def int8_matmul(
 
 
 def int8_matmul_dx(grad: Tensor, w_codes: Tensor, w_scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """Compute `reference_linear.int8_matmul_dx_ref`."""
-    grad, w_codes = grad.contiguous(), w_codes.contiguous()
-    (tokens, rows), columns, groups = grad.shape, w_codes.shape[1], w_scale.shape[1]
-    out = torch.empty(tokens, columns, dtype=grad.dtype, device=grad.device)
-    if tokens == 0:
-        return out
+    """Compute `reference_linear.int8_matmul_dx_ref`: the library multiplies a copy of the weight in grad's dtype.
+
+    A kernel that widens the codes in registers is slower: the tensor cores want them from shared memory, to which they
+    then travel twice.
+    """
     with on_device_of(grad):
-        if grad.dtype not in _HALVES:
-            return torch.mm(grad, _scale8(w_codes, w_scale, zero_point, grad))
-        choice = dict(launches.choice("int8_dx", _key(tokens), grad.device))
-        group = 0 if groups == 1 else columns // groups
-        if group % choice["BLOCK_K"]:
-            choice["BLOCK_K"] = group & -group  # the largest power of two in it
-        if choice["BLOCK_K"] < PLANE:
-            return torch.mm(grad, _scale8(w_codes, w_scale, zero_point, grad))
-        tiles = triton.cdiv(tokens, choice["BLOCK_M"]) * triton.cdiv(columns, choice["BLOCK_K"])
-        triton_tiles._int8_dx_bwd_kernel[(tiles,)](
-            grad,
-            w_codes,
-            w_scale.contiguous(),
-            w_codes if zero_point is None else zero_point.contiguous(),
-            out,
-            tokens,
-            rows,
-            columns,
-            groups,
-            GROUP=group,
-            HAS_ZERO=zero_point is not None,
-            **choice,
-        )
-    return out
+        return torch.mm(grad, _scale8(w_codes, w_scale, zero_point, grad.dtype))
 
 
 def _key(tokens: int) -> str:
     return f"m{triton.next_power_of_2(min(tokens, 8192))}"
 
 
-def _options(choice: launches.Choice) -> dict[str, Any]:
-    """Return a choice as keyword arguments of a launch, with the launch attribute that OVERLAP needs."""
-    return {**choice, "launch_pdl": True} if choice["OVERLAP"] else dict(choice)
+def few_tokens(key: str) -> dict[str, int]:
+    """Return what a key of the tables of kernels for few tokens stands for: all tokens are one tile."""
+    return {"BLOCK_M": 16 if key == launches.DEFAULT else max(8, int(key[1:]))}
+
+
+def _few_choice(kernel: str, tokens: int, device: torch.device) -> launches.Choice:
+    return launches.choice(kernel, _key(tokens), device) | few_tokens(_key(tokens))
 
 
 def _group(weight: PackedWeight) -> int:
@@ -181,7 +166,6 @@ def _launch_gemv(x: Tensor | QuantizedActivations, weight: PackedWeight, bias: T
         "K": columns,
         "KP": words.shape[1] * per_word,
         "HAS_BIAS": bias is not None,
-        "ASSEMBLE": not interpreting(),
     }
     if integer:
         constants |= {"QUANTIZE": isinstance(x, Tensor), "QMIN": qmin, "QMAX": qmax}
@@ -192,7 +176,7 @@ def _launch_gemv(x: Tensor | QuantizedActivations, weight: PackedWeight, bias: T
         constants |= {"G": weight.groups, "GROUP": _group(weight), "HAS_ZERO": weight.zero_point is not None}
     kernel = getattr(triton_decode, f"_{name}_fwd_kernel")
     grid = (triton.cdiv(rows, choice["BLOCK_N"]),)
-    kernel[grid](*pointers, out if bias is None else bias, out, rows, **constants, **_options(choice))
+    kernel[grid](*pointers, out if bias is None else bias, out, rows, **constants, **choice, **overlap(out.device))
     return out
 
 
@@ -200,7 +184,7 @@ def _launch_int8_few(
     x: Tensor, x_scale: Tensor | None, weight: PackedWeight, bias: Tensor | None, out: Tensor
 ) -> Tensor:
     tokens, columns = x.shape
-    choice = launches.choice("int8_few", _key(tokens), out.device)
+    choice = _few_choice("int8_few", tokens, out.device)
     grid = (triton.cdiv(out.shape[1], choice["BLOCK_N"]),)
     triton_few._int8_few_fwd_kernel[grid](
         x,
@@ -216,7 +200,8 @@ def _launch_int8_few(
         INTEGER=x_scale is not None,
         HAS_BIAS=bias is not None,
         EVEN=columns % (choice["SPLIT"] * choice["BLOCK_K"]) == 0,
-        **_options(choice),
+        **choice,
+        **overlap(out.device),
     )
     return out
 
@@ -225,7 +210,7 @@ def _launch_int4_few(
     x: Tensor, x_scale: Tensor | None, weight: PackedWeight, bias: Tensor | None, out: Tensor
 ) -> Tensor:
     tokens, columns = x.shape
-    choice = launches.choice("int4_few" if x_scale is None else "int4_int_few", _key(tokens), out.device)
+    choice = _few_choice("int4_few" if x_scale is None else "int4_int_few", tokens, out.device)
     grid = (triton.cdiv(out.shape[1], choice["BLOCK_N"]),)
     triton_few._int4_few_fwd_kernel[grid](
         x,
@@ -245,7 +230,8 @@ def _launch_int4_few(
         HAS_ZERO=weight.zero_point is not None,
         HAS_BIAS=bias is not None,
         EVEN=columns % (choice["SPLIT"] * BLOCK) == 0,
-        **_options(choice),
+        **choice,
+        **overlap(out.device),
     )
     return out
 
@@ -258,9 +244,8 @@ def _launch_int8_tile(
     zero_point: Tensor | None,
     bias: Tensor | None,
     out: Tensor,
-    *,
-    padded: bool = False,
 ) -> Tensor:
+    """Multiply codes by `[N, KW]` int8, KW >= K, whose scales are `[N, G]` of any strides."""
     tokens, columns = codes.shape
     groups = w_scale.shape[1]
     group = 0 if groups == 1 else columns // groups
@@ -273,22 +258,22 @@ def _launch_int8_tile(
         codes,
         x_scale,
         w_codes,
-        w_scale.contiguous(),
-        codes if zero_point is None else zero_point.contiguous(),
+        w_scale,
+        codes if zero_point is None else zero_point,
         out if bias is None else bias,
         out,
         tokens,
         out.shape[1],
         columns,
-        columns,
-        w_codes.shape[1],
-        groups,
-        INTEGER=True,
+        w_codes.stride(0),
+        *w_scale.stride(),
+        *((0, 0) if zero_point is None else zero_point.stride()),
         GROUP=group,
         HAS_ZERO=zero_point is not None,
         HAS_BIAS=bias is not None,
         EVEN=columns % choice["BLOCK_K"] == 0,
-        **_options(choice),
+        **choice,
+        **overlap(out.device),
     )
     return out
 
@@ -313,7 +298,8 @@ def _launch_int4_tile(x: Tensor, weight: PackedWeight, bias: Tensor | None, out:
         HAS_ZERO=weight.zero_point is not None,
         HAS_BIAS=bias is not None,
         EVEN=columns % BLOCK == 0,
-        **_options(choice),
+        **choice,
+        **overlap(out.device),
     )
     return out
 
@@ -322,7 +308,7 @@ def _unpack4(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Return the weight in a floating point dtype, or its codes less the zero point as int8."""
     rows, columns = weight.shape
     out = torch.empty(rows, columns, dtype=dtype, device=weight.device)
-    choice = launches.choice("unpack4", "default", weight.device)
+    choice = launches.choice("unpack4", launches.DEFAULT, weight.device)
     blocks = weight.data.shape[1] // PLANE
     triton_tiles._unpack4_kernel[(triton.cdiv(rows, choice["BLOCK_R"]), triton.cdiv(blocks, choice["BLOCK_C"]))](
         weight.data,
@@ -341,20 +327,22 @@ def _unpack4(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _scale8(codes: Tensor, scale: Tensor, zero_point: Tensor | None, like: Tensor) -> Tensor:
-    """Return the weight behind int8 codes in the dtype of `like`."""
+def _scale8(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the weight behind int8 codes `[N, K]`, whose scales are `[N, G]` of any strides."""
     rows, columns = codes.shape
-    out = torch.empty(rows, columns, dtype=like.dtype, device=codes.device)
-    choice = launches.choice("scale8", "default", codes.device)
+    codes = codes if codes.stride(1) == 1 else codes.contiguous()
+    out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+    choice = launches.choice("scale8", launches.DEFAULT, codes.device)
     triton_tiles._scale8_kernel[(triton.cdiv(rows, choice["BLOCK_R"]), triton.cdiv(columns, choice["BLOCK_C"]))](
         codes,
-        scale.contiguous(),
-        codes if zero_point is None else zero_point.contiguous(),
+        scale,
+        codes if zero_point is None else zero_point,
         out,
         rows,
         columns,
-        columns,
-        scale.shape[1],
+        codes.stride(0),
+        *scale.stride(),
+        *((0, 0) if zero_point is None else zero_point.stride()),
         GROUP=0 if scale.shape[1] == 1 else columns // scale.shape[1],
         HAS_ZERO=zero_point is not None,
         **choice,

@@ -1,4 +1,4 @@
-"""Triton kernels of quantized products for many tokens: tiles on tensor cores, and the copies that a library multiplies.
+"""Triton kernels of quantized products for many tokens: tiles on tensor cores, and copies for a library.
 
 The weight is the left operand here too: on Hopper its tile may then come from registers, where 4-bit codes are
 unpacked, and the token side of a tile may be as narrow as eight.
@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from qrealign_kernels.layouts import BLOCK, PLANE
-from qrealign_kernels.triton_decode import wait_for_inputs
-from qrealign_kernels.triton_few import plane_of, store_transposed, to_half
+from qrealign_kernels.triton_few import halves_of, plane_of, store_transposed
+from qrealign_kernels.triton_overlap import wait_for_inputs
 
 _BLOCK = tl.constexpr(BLOCK)
 _PLANE = tl.constexpr(PLANE)
@@ -19,7 +19,7 @@ _PLANE = tl.constexpr(PLANE)
 
 @triton.jit
 def _tile(pid, rows, columns, WIDTH: tl.constexpr):
-    """Return the tile of a program: WIDTH columns of tiles are walked row by row, so neighbours share what they read."""
+    """Return a program's tile: WIDTH columns of tiles are walked row by row, so neighbours share what they read."""
     strip = pid // (WIDTH * rows)
     width = tl.minimum(columns - strip * WIDTH, WIDTH)
     inside = pid % (WIDTH * rows)
@@ -28,14 +28,16 @@ def _tile(pid, rows, columns, WIDTH: tl.constexpr):
 
 @triton.jit
 def _int8_tile_fwd_kernel(
-    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, KX, KW, G,
-    INTEGER: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, stride_wn,
+    stride_sn, stride_sg, stride_zn, stride_zg,
+    GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
     OVERLAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
-    """x `[M, K]`, int8 codes (INTEGER) or floating point, rows KX apart, by w `[N, K]` int8, rows KW apart.
+    """x `[M, K]` int8 by w `[N, K]` int8. GROUP 0: one scale for a whole row; else BLOCK_K divides GROUP.
 
-    GROUP 0: one scale for a whole row; else BLOCK_K divides GROUP. EVEN: BLOCK_K divides K.
+    EVEN: BLOCK_K divides K.
     """
+    EXACT: tl.constexpr = GROUP == 0 and not HAS_ZERO  # nothing is scaled before the last column
     # Neighbouring programs share the tokens: the weight is the larger operand and passes by once a strip.
     tile_n, tile_m = _tile(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), STRIP)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -43,10 +45,10 @@ def _int8_tile_fwd_kernel(
     o_k = tl.arange(0, BLOCK_K)
     # Rows behind the end are read from the beginning and never stored: loads without a mask.
     rows_n = (n % N).to(tl.int64)
-    w_ptrs = w_ptr + rows_n[:, None] * KW + o_k[None, :]
-    x_ptrs = x_ptr + (m % M).to(tl.int64)[:, None] * KX + o_k[None, :]
+    w_ptrs = w_ptr + rows_n[:, None] * stride_wn + o_k[None, :]
+    x_ptrs = x_ptr + (m % M).to(tl.int64)[:, None] * K + o_k[None, :]
     wait_for_inputs(OVERLAP)
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if INTEGER and GROUP == 0 and not HAS_ZERO else tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if EXACT else tl.float32)
     for start in range(0, K, BLOCK_K):
         if EVEN:
             b_w = tl.load(w_ptrs + start)
@@ -54,22 +56,20 @@ def _int8_tile_fwd_kernel(
         else:
             b_w = tl.load(w_ptrs + start, mask=(start + o_k < K)[None, :], other=0)
             b_x = tl.load(x_ptrs + start, mask=(start + o_k < K)[None, :], other=0)
-        if not INTEGER:
-            acc = tl.dot(b_w.to(x_ptr.dtype.element_ty), b_x.T, acc, input_precision="ieee")
-        elif GROUP == 0 and not HAS_ZERO:
+        if EXACT:
             acc = tl.dot(b_w, b_x.T, acc, out_dtype=tl.int32)
         else:
+            group = start // GROUP if GROUP > 0 else 0
             products = tl.dot(b_w, b_x.T, out_dtype=tl.int32)
-            o_g = rows_n * G + (start // GROUP if GROUP > 0 else 0)
             if HAS_ZERO:
-                sums = tl.sum(b_x.to(tl.int32), axis=1)  # [BLOCK_M]
-                products -= tl.load(zero_ptr + o_g).to(tl.int32)[:, None] * sums[None, :]
-            acc += products.to(tl.float32) * tl.load(w_scale_ptr + o_g).to(tl.float32)[:, None]
+                zero = tl.load(zero_ptr + rows_n * stride_zn + group * stride_zg).to(tl.int32)
+                products -= zero[:, None] * tl.sum(b_x.to(tl.int32), axis=1)[None, :]
+            scale = tl.load(w_scale_ptr + rows_n * stride_sn + group * stride_sg).to(tl.float32)
+            acc += products.to(tl.float32) * scale[:, None]
     values = acc.to(tl.float32)
-    if not INTEGER or (GROUP == 0 and not HAS_ZERO):
-        values *= tl.load(w_scale_ptr + rows_n).to(tl.float32)[:, None]
-    if INTEGER:
-        values *= tl.load(x_scale_ptr + m, mask=m < M, other=0.0)[None, :]
+    if EXACT:
+        values *= tl.load(w_scale_ptr + rows_n * stride_sn).to(tl.float32)[:, None]
+    values *= tl.load(x_scale_ptr + m, mask=m < M, other=0.0)[None, :]
     store_transposed(out_ptr, bias_ptr, n, m, N, M, values, HAS_BIAS)
 
 
@@ -93,57 +93,29 @@ def _int4_tile_fwd_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(0, KP, _BLOCK):
         words = tl.load(w_ptrs + start // 8)  # [BLOCK_N, 32]
+        halves = halves_of(words, dtype)
         for first in tl.static_range(0, 8, RUN):
-            o_g = rows_n * G
+            o_g = n % N
             if GROUP > 0:
-                o_g += tl.minimum((start + first * _PLANE) // GROUP, G - 1)
-            zero = tl.zeros([BLOCK_N, 1], tl.int32)
+                o_g += tl.minimum((start + first * _PLANE) // GROUP, G - 1) * N
+            scale = tl.load(w_scale_ptr + o_g).to(dtype)[:, None]
             if HAS_ZERO:
-                zero = tl.load(zero_ptr + o_g).to(tl.int32)
-            scale = tl.load(w_scale_ptr + o_g).to(dtype)
+                zero = tl.load(zero_ptr + o_g).to(dtype)[:, None]
             for plane in tl.static_range(first, first + RUN):
                 if EVEN:
                     b_x = tl.load(x_ptrs + (start + plane * _PLANE))
                 else:
                     inside = start + plane * _PLANE + lane < K
                     b_x = tl.load(x_ptrs + (start + plane * _PLANE), mask=inside[None, :], other=0)
-                b_w = to_half(plane_of(words, plane), zero, dtype)
+                b_w = halves[plane]
+                if HAS_ZERO:
+                    b_w -= zero
                 if GROUP > 0:
                     b_w *= scale
-                acc = tl.dot(b_w, b_x.T, acc, input_precision="ieee")
+                acc = tl.dot(b_w, b_x.T, acc)
     if GROUP == 0:
-        acc *= tl.load(w_scale_ptr + rows_n).to(tl.float32)
+        acc *= tl.load(w_scale_ptr + n % N).to(tl.float32)[:, None]
     store_transposed(out_ptr, bias_ptr, n, m, N, M, acc, HAS_BIAS)
-
-
-@triton.jit
-def _int8_dx_bwd_kernel(
-    grad_ptr, w_ptr, w_scale_ptr, zero_ptr, out_ptr, M, N, K, G,
-    GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STRIP: tl.constexpr,
-):  # fmt: skip
-    """grad `[M, N]` by w `[N, K]` int8, whose scales are multiplied into grad. GROUP 0, or BLOCK_K divides GROUP."""
-    tile_m, tile_k = _tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), STRIP)
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    o_n = tl.arange(0, BLOCK_N)
-    group = tile_k * BLOCK_K // GROUP if GROUP > 0 else 0
-    dtype = grad_ptr.dtype.element_ty
-    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for start in range(0, N, BLOCK_N):
-        n = (start + o_n).to(tl.int64)
-        m_n = n < N
-        b_g = tl.load(
-            grad_ptr + m.to(tl.int64)[:, None] * N + n[None, :], mask=(m < M)[:, None] & m_n[None, :], other=0
-        )
-        scale = tl.load(w_scale_ptr + n * G + group, mask=m_n, other=0.0).to(tl.float32)
-        b_g = (b_g.to(tl.float32) * scale[None, :]).to(dtype)
-        b_w = tl.load(w_ptr + n[:, None] * K + k[None, :], mask=m_n[:, None] & (k < K)[None, :], other=0).to(dtype)
-        if HAS_ZERO:
-            b_w -= tl.load(zero_ptr + n * G + group, mask=m_n, other=0).to(dtype)[:, None]
-        acc = tl.dot(b_g, b_w, acc, input_precision="ieee")
-    mask = (m < M)[:, None] & (k < K)[None, :]
-    tl.store(out_ptr + m.to(tl.int64)[:, None] * K + k[None, :], acc.to(dtype), mask=mask)
 
 
 @triton.jit
@@ -159,7 +131,7 @@ def _unpack4_kernel(
     words = tl.load(w_ptr + n * (KP // 8) + block * _PLANE + lane, mask=inside, other=0)  # [BLOCK_R, BLOCK_C, 32]
     for plane in tl.static_range(8):
         first = block * _BLOCK + plane * _PLANE  # a plane lies within one group
-        o_g = n * G + (tl.minimum(first // GROUP, G - 1) if GROUP > 0 else 0)
+        o_g = n + (tl.minimum(first // GROUP, G - 1) * N if GROUP > 0 else 0)
         codes = plane_of(words, plane) - 8
         if HAS_ZERO:
             codes -= tl.load(zero_ptr + o_g, mask=n < N, other=0).to(tl.int32)
@@ -174,16 +146,17 @@ def _unpack4_kernel(
 
 @triton.jit
 def _scale8_kernel(
-    w_ptr, w_scale_ptr, zero_ptr, out_ptr, N, K, KW, G, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    w_ptr, w_scale_ptr, zero_ptr, out_ptr, N, K, stride_wn, stride_sn, stride_sg, stride_zn, stride_zg,
+    GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Write int8 codes, rows KW apart, as the weight `[N, K]` in the output's dtype."""
+    """Write int8 codes as the weight `[N, K]` in the output's dtype."""
     n = (tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
     k = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     mask = (n < N) & (k < K)
-    codes = tl.load(w_ptr + n * KW + k, mask=mask, other=0).to(tl.float32)
-    o_g = n * G + (k // GROUP if GROUP > 0 else 0)
+    b_w = tl.load(w_ptr + n * stride_wn + k, mask=mask, other=0).to(tl.float32)
+    group = tl.zeros([1, 1], tl.int32) if GROUP == 0 else k // GROUP
+    m_g = (n < N) & (group * GROUP < K)
     if HAS_ZERO:
-        codes -= tl.load(zero_ptr + o_g, mask=mask, other=0).to(tl.float32)
-    scale = tl.load(w_scale_ptr + o_g, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + n * K + k, (codes * scale).to(out_ptr.dtype.element_ty), mask=mask)
+        b_w -= tl.load(zero_ptr + n * stride_zn + group * stride_zg, mask=m_g, other=0).to(tl.float32)
+    scale = tl.load(w_scale_ptr + n * stride_sn + group * stride_sg, mask=m_g, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n * K + k, (b_w * scale).to(out_ptr.dtype.element_ty), mask=mask)

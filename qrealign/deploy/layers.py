@@ -47,8 +47,9 @@ class PackedLinear(nn.Module):
         self.weight = weight
         for field in fields(weight):
             if isinstance(tensor := getattr(weight, field.name), Tensor):
-                # A graph that replays must read the weight where it lies, not copy it into its inputs at every call.
-                torch._dynamo.mark_static_address(tensor)
+                if tensor.is_cuda:
+                    # A graph of torch.compile must read the weight where it lies, not copy it at every call.
+                    torch._dynamo.mark_static_address(tensor)
                 self.register_buffer(f"packed_{field.name}", tensor, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:

@@ -46,8 +46,7 @@ def deploy_model(source: PackedSource, device: torch.device, dtype: torch.dtype)
     model = source.skeleton(dtype=dtype)
     for index in range(source.num_blocks):
         deploy_block(model, source, index, device, dtype)
-    # Last, so that the largest plain tensors use the memory in which blocks were unpacked.
-    source.load_outer(model, device, dtype)
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # where blocks were unpacked; what comes now is larger than any of it
+    source.load_outer(model, device, dtype)
     return model

@@ -204,7 +204,7 @@ def test_interrupt_is_clean(tmp_path):
     assert "continues where it stopped" in error and "Traceback" not in error
 
 
-def test_streamed_blocks_give_the_same_bits(tmp_path, monkeypatch):
+def test_streamed_blocks_give_the_same_bits(tmp_path):
     """A model that does not fit is trained, packed and read with its weights streamed, to the same result."""
     flags = [
         *model_flags(),
@@ -221,8 +221,7 @@ def test_streamed_blocks_give_the_same_bits(tmp_path, monkeypatch):
         "cpu",
     ]
     assert main([*flags, "--output", str(tmp_path / "resident")]) == 0
-    monkeypatch.setattr("qrealign.pipeline.models.RESIDENT_SHARE", 0.0)
-    assert main([*flags, "--output", str(tmp_path / "streamed")]) == 0
+    assert main([*flags, "--memory", "streamed", "--output", str(tmp_path / "streamed")]) == 0
     expected, found = weights(tmp_path / "resident"), weights(tmp_path / "streamed")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)

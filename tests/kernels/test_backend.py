@@ -112,7 +112,7 @@ def test_extension_that_is_missing_or_broken_keeps_its_reason(monkeypatch: pytes
         None,
         "qrealign_kernels._absent is not built (no build was attempted)",
     )
-    note.write_text("left out: no compiler\n")
+    note.write_text("_C: built\n_absent: left out: no compiler\n")
     assert native.load_extension("_absent")[1] == "qrealign_kernels._absent is not built (left out: no compiler)"
 
     def fail(name: str) -> None:
@@ -124,7 +124,16 @@ def test_extension_that_is_missing_or_broken_keeps_its_reason(monkeypatch: pytes
 
 def test_build_info_names_every_backend() -> None:
     info = kernels.build_info()
-    assert set(info) == {"triton", "cpu", "reference", "torch", "triton_version", "cpu_isa"}
+    assert set(info) == {
+        "triton",
+        "cpu",
+        "reference",
+        "cuda_kernels",
+        "cpu_isa",
+        "cpu_linear_isa",
+        "torch",
+        "triton_version",
+    }
     assert info["reference"] == "usable"
 
 
@@ -136,6 +145,7 @@ def test_version_of_an_absent_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton_common.version() == "none"
 
 
-@pytest.mark.parametrize(("columns", "width"), [(1, 1), (32, 32), (128, 128), (129, 256), (2048, 2048), (28672, 2048)])
-def test_a_tile_holds_a_row_or_is_the_largest(columns: int, width: int) -> None:
-    assert triton_common.tile_width(columns, 2048) == width
+@pytest.mark.parametrize(("columns", "width", "key"), [(1, 1, "128"), (129, 256, "1024"), (28672, 32768, "32768")])
+def test_a_tile_holds_a_row_and_has_the_launch_of_one_no_smaller(columns: int, width: int, key: str) -> None:
+    assert triton_common.tile_width(columns) == width
+    assert triton_common.width_key(width) == key

@@ -13,22 +13,21 @@ from benchmarks.fit.cases import all_cases, builds
 from benchmarks.fit.compiling import TARGETS, Fit, compile_all
 
 NARROWEST = 89  # has the least shared memory and registers for its warps: every launch choice is compiled for it
-FIT = Fit("fake_quant_per_token_fwd", "default", "2048", 89, 8, 64, 1024, 0)
+FIT = Fit("token, codes", "default", "4096", 89, 8, 64, 1024, 0)
 
 
 def test_kernels_compile_and_fit(request: pytest.FixtureRequest) -> None:
-    """All choices for one target; for the others one choice a kernel, because each takes a second."""
+    """All choices for a target that uses them; for the others one choice a kernel, because each takes a second."""
     jobs = []
     for case in all_cases().values():
         found = list(builds(case))
         assert found, f"no launch table has a choice for {case.table}"
-        jobs += [(build.case, build.gpu_class, build.key, NARROWEST) for build in found]
-        jobs += [
-            (build.case, build.gpu_class, build.key, target)
-            for target in TARGETS
-            for build in found[-1:]
-            if target != NARROWEST
-        ]
+        for build in found:
+            users = build.targets(TARGETS)
+            chosen = [NARROWEST if NARROWEST in users else users[0]]
+            if build == found[0]:
+                chosen += [target for target in users if target not in chosen]
+            jobs += [(build.case, build.gpu_class, build.key, target) for target in chosen]
     rows = compile_all(jobs, cache=request.config.cache.mkdir("triton"))
     assert len(rows) == len(jobs)
     assert problems(rows) == []
@@ -36,7 +35,7 @@ def test_kernels_compile_and_fit(request: pytest.FixtureRequest) -> None:
 
 def test_a_failure_ends_the_compilation_with_its_words() -> None:
     with pytest.raises(RuntimeError, match="no-such-key"):
-        compile_all([("fake_quant_per_token_fwd", "default", "no-such-key", 89)])
+        compile_all([("token, codes", "default", "no-such-key", 89)])
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -32,15 +32,16 @@ def test_random_checkpoints_load_as_packed_ones_do(scheme: str) -> None:
     assert logits.isfinite().all() and logits.std() > 0
 
 
-def measured(**changes: object) -> measure.Row:
+@pytest.fixture(scope="module")
+def measured() -> measure.Row:
     model, sizes = measure.load(TINY, None, torch.device("cpu"))
     settings = measure.Settings(cache_tokens=16, prompt_tokens=4, steps=3)
     row, _ = measure.measure(model, TINY, None, settings, sizes)
-    return replace(row, **changes)  # type: ignore[arg-type]
+    return row
 
 
-def test_rows_are_kept_once_and_become_figures(tmp_path: Path) -> None:
-    row = measured(geometry="llama-2-7b", compiled=True, step_ms=4.0)
+def test_rows_are_kept_once_and_become_figures(tmp_path: Path, measured: measure.Row) -> None:
+    row = replace(measured, geometry="llama-2-7b", compiled=True, step_ms=4.0)
     assert row.tokens_per_s > 0 and row.prefill_tokens_per_s > 0 and row.cache_bytes == 2 * 2 * 2 * 16 * 32 * 2
     packed = replace(row, weights="w4a16", step_ms=1.6, peak_bytes=4_000_000_000)
     results.store_rows(tmp_path, [row, replace(packed, step_ms=9.0)])
@@ -56,14 +57,14 @@ def test_rows_are_kept_once_and_become_figures(tmp_path: Path) -> None:
     assert figures["memory_7b_w4a16_gb"]["value"] == 4.0
 
 
-def test_other_geometries_give_no_figures(tmp_path: Path) -> None:
-    results.store_rows(tmp_path, [measured()])
+def test_other_geometries_give_no_figures(tmp_path: Path, measured: measure.Row) -> None:
+    results.store_rows(tmp_path, [measured])
     assert results.headline(results.read_rows(tmp_path)) is None
     assert results.read_rows(tmp_path / "absent") == []
 
 
-def test_kernels_of_a_step_are_written(tmp_path: Path) -> None:
-    results.store_profile(tmp_path, measured(), {"gemv": (12.5, 32)})
+def test_kernels_of_a_step_are_written(tmp_path: Path, measured: measure.Row) -> None:
+    results.store_profile(tmp_path, measured, {"gemv": (12.5, 32)})
     text = (tmp_path / "decode-profile-tiny-bf16-1-plain.csv").read_text()
     assert text == "kernel,us_a_step,launches\ngemv,12.50,32\n"
 

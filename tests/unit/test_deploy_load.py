@@ -184,6 +184,19 @@ def test_columns_may_lie_in_any_order(tmp_path: Path) -> None:
         qrealign.load_packed(folder, device="cpu")
 
 
+def test_a_pool_that_multiplies_packed_weights_keeps_them_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, loaded, folder = deployed(tmp_path, "llama", "w8a8")
+    pool, source = ModelPool(torch.device("cpu")), open_packed(str(folder))
+    monkeypatch.setattr(ModelPool, "multiplies_packed", True)
+    model = pool.packed("it", source)
+    assert count(model, JoinedLinears) == count(loaded, JoinedLinears) and pool.packed("it", source) is model
+    pool.release()
+    monkeypatch.setattr(ModelPool, "_holds", lambda self, size: False)
+    assert count(pool.packed("it", source), JoinedLinears) == 0  # streamed block by block
+
+
 def test_biases_of_joined_linears(tmp_path: Path) -> None:
     source = open_tiny(tmp_path / "model", "qwen2")
     model = quantized(source, fitted("w4a16", source))

@@ -1,8 +1,8 @@
 """The exported folder against the loading rules of vLLM 0.33 and SGLang 0.5.23, applied without them.
 
-A server builds its parameters from `config.json` alone (q, k, v joined into one, gate and up into another; outputs split
-among GPUs, or inputs for the projections back), then walks through the tensors of the files and loads each into its
-slice. So every tensor must have a place, the place must have the tensor's shape and dtype, and every place must be
+A server builds its parameters from `config.json` alone (q, k, v joined into one, gate and up into another; outputs
+split among GPUs, or inputs for the projections back), then walks through the tensors of the files and loads each into
+its slice. So every tensor must have a place, the place must have the tensor's shape and dtype, and every place must be
 filled.
 """
 

@@ -1,0 +1,89 @@
+"""Arithmetic that several Triton kernels share; each function gives the bits that the reference's torch code gives.
+
+Rounding is ties-to-even without libdevice, which the interpreter lacks. Kernels that use these are compiled with
+`enable_fp_fusion=FP_FUSION`: a multiplication fused into the addition after it skips a rounding that the reference
+does, and changes codes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from qrealign_kernels.triton_common import interpreting
+
+FP_FUSION = False
+FLOAT_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of `round_to`
+INTERPRETED = tl.constexpr(interpreting())
+_ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: a float32 that large has no bits for a fraction
+
+
+@triton.jit
+def round_half_even(x):
+    """Round to the nearest integer, for |x| < 2**22."""
+    return (x + _ROUNDER) - _ROUNDER
+
+
+@triton.jit
+def to_int8(x):
+    """Convert integers in [-128, 127] held as float32: their two's complement stands in the low bits of the sum.
+
+    Four times the throughput of the hardware's conversion.
+    """
+    return (x + _ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def clip(x, low, high):
+    """Set what is beyond a bound to it; a NaN stays one."""
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def round_to(x, KIND: tl.constexpr):
+    """Round float32 to float16 (KIND 1) or bfloat16 (2) and back."""
+    if KIND == 1:
+        x = x.to(tl.float16).to(tl.float32)
+    if KIND == 2:
+        if INTERPRETED:  # truncates where the hardware rounds
+            bits = x.to(tl.int32, bitcast=True)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+            x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+        else:
+            x = x.to(tl.bfloat16).to(tl.float32)
+    return x
+
+
+@triton.jit
+def convert(x, dtype: tl.constexpr):
+    """Round float32 to the dtype of a result."""
+    if dtype == tl.bfloat16:
+        x = round_to(x, 2)
+    return x.to(dtype)
+
+
+@triton.jit
+def exponential(x):
+    """Return e**x: on GPUs by the function that torch's own kernels use, for the same bits."""
+    if INTERPRETED:
+        return tl.exp(x)
+    else:
+        return libdevice.exp(x)
+
+
+@triton.jit
+def divide(x, y, reciprocal, EXACT: tl.constexpr):
+    """Divide by a number whose reciprocal, rounded once, is known: half the instructions of an IEEE division.
+
+    Each correction adds the remainder's share. After two the quotient is the rounded one (Markstein, IBM J. Res. Dev.
+    34, 1990). After one it can only differ, by its last bit, if y has more than 11 significant bits: so EXACT is needed
+    for a float32 y, and one correction does for a scale that was rounded to 16 bits.
+    """
+    quotient = x * reciprocal
+    quotient = tl.fma(tl.fma(-quotient, y, x), reciprocal, quotient)
+    if EXACT:
+        quotient = tl.fma(tl.fma(-quotient, y, x), reciprocal, quotient)
+    return quotient
