@@ -1,7 +1,8 @@
-"""Time of GPU work without the host's share: calls are captured in a CUDA graph and replayed."""
+"""Time of GPU work: of calls captured in a CUDA graph, without the host's share, or issued by Python, with it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from statistics import median
 
@@ -43,6 +44,21 @@ def graph_seconds(calls: Sequence[Callable[[], object]], *, repeats: int = 15) -
         end.synchronize()
         if index >= 2:
             times.append(start.elapsed_time(end) / 1e3)
+    return median(times) / len(calls)
+
+
+def eager_seconds(calls: Sequence[Callable[[], object]], *, repeats: int = 5) -> float:
+    """Return the median seconds of one call when Python issues all of them, one after the other, without waiting."""
+    for call in calls:
+        call()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
     return median(times) / len(calls)
 
 

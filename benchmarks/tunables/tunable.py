@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qrealign_kernels.launches import Choice
 
-PARTS = ("benchmarks.tunables.calibration",)  # each has TUNABLES, a tuple of `Tunable`
+PARTS = ("benchmarks.tunables.calibration", "benchmarks.tunables.products")  # each has TUNABLES, a tuple of `Tunable`
 
 Calls = list[Callable[[], object]]
 

@@ -65,8 +65,8 @@ def halves_of(words, HALF: tl.constexpr):
             lop3.b32 $7, s, 0x000F000F, $10, 0xEA;
             }
             """,
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r", [words, BITS * 0x10001],
-            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2,
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r", [words, BITS * 0x10001], is_pure=True, pack=2,
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
         )  # fmt: skip
     return (
         p0.to(HALF, bitcast=True) - BASE, p1.to(HALF, bitcast=True) - BASE, p2.to(HALF, bitcast=True) - BASE,
