@@ -122,7 +122,9 @@ class Server:
         try:
             ids = await self._in_encoder(partial(self.served.encoder.encode_conversation, turns))
         except ModelError as error:
-            raise ApiError(400, str(error), param="messages") from error
+            # The error's own sentence is for whoever owns the folder, and names it.
+            reason = f"the chat template refuses this conversation: {error.__cause__}"
+            raise ApiError(400, reason, param="messages") from error
         form = ChatForm(self.served.name, self._token_text, logprobs=bool(body.logprobs))
         return await self._answer(request, body, [ids], form)
 
