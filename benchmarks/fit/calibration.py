@@ -6,15 +6,15 @@ from collections.abc import Mapping
 
 from benchmarks.fit.cases import Case
 from qrealign_kernels import triton_activations as activations
+from qrealign_kernels import triton_gradient_kernels as gradients
 from qrealign_kernels import triton_weight as weights
-from qrealign_kernels import triton_weight_gradients as gradients
 
 _GRID = {"QMIN": -128, "QMAX": 127, "SYMMETRIC": True, "SCALE_KIND": 2, "MIN_SCALE": 2.0**-24}
 _ASYMMETRIC = {"QMIN": -8, "QMAX": 7, "SYMMETRIC": False, "SCALE_KIND": 0, "MIN_SCALE": 2.0**-24}
 _LEARNED = {"HAS_LOW": True, "HAS_HIGH": True, "HAS_COLUMN": True, "HAS_ROW": True}
 # Rows longer than 8,192 are those of down projections, which no scale per column is learned for.
 _NARROW, _WIDE, _WIDEST = ("128", "1024", "4096", "8192"), ("16384",), ("32768",)
-_TOKENS = {"CODES": True, "QMIN": -128, "QMAX": 127, "ZERO_SCALE": 2.0**-23}
+_TOKENS = {"CODES": True, "QMIN": -128, "QMAX": 127, "ZERO_SCALE": 2.0**-23, "OVERLAP": False}
 _CODED = {"out_ptr": "*i8", "zero_point_ptr": "*i8"}
 _MANY = (*_NARROW, *_WIDE)
 _FEW = tuple(f"{key}-few" for key in _NARROW)
@@ -71,7 +71,7 @@ def _gradients(name: str, given: Mapping[str, object], keys: tuple[str, ...], *,
     """Return the case of reducing a bfloat16 gradient."""
     return Case(
         name=name,
-        kernel=gradients._weight_gradients_bwd_kernel,
+        kernel=gradients.weight_gradients_bwd_kernel,
         table="weight_gradients_bwd",
         types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
         constants={**_GRID, **given} | {"HAS_EXTREMES": True, "TO_WEIGHT": False, "FULL": False},
@@ -121,7 +121,7 @@ CASES = (
     _gradients("weight, gradients", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _NARROW),
     Case(
         name="weight, gradients of logits",
-        kernel=gradients._bound_gradients_bwd_kernel,
+        kernel=gradients.bound_gradients_bwd_kernel,
         table="bound_gradients_bwd",
         types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
         constants=_GRID | _LEARNED | {"TO_ROW": True, "FULL": True},
@@ -132,7 +132,7 @@ CASES = (
     ),
     Case(
         name="product and gradients",
-        kernel=gradients._product_gradients_bwd_kernel,
+        kernel=gradients.product_gradients_bwd_kernel,
         table="product_gradients_bwd",
         types={"weight_ptr": "*bf16", "grad_ptr": "*bf16", "x_ptr": "*bf16"},
         constants=_ASYMMETRIC | {"SCALE_KIND": 2} | _LEARNED | {"TO_COLUMN": True, "TO_ROW": True, "BLOCK_C": 128},

@@ -154,7 +154,10 @@ def _fake_quant_edited_fwd_kernel(
     m_c = cols < C
     mask = m_n[:, None] & m_c[None, :]
     offsets = rows[:, None] * K + o_k[None, :]  # [BLOCK_N, BLOCK_C], from the program's first row
+    group = n * G + g
+    # All that is loaded is asked for before the first exchange between threads, which loads do not move across.
     b_w = load_tile(weight_ptr + first * K + offsets, mask, FULL)
+    low_share, high_share = kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
     b_w = transformed_tile(b_w, n, o_k, m_n, m_c, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL)
     for rank in tl.static_range(RANK):  # 0 where there is no edit
         b_left = tl.load(left_ptr + n * RANK + rank, mask=m_n, other=0.0)  # [BLOCK_N]
@@ -163,11 +166,9 @@ def _fake_quant_edited_fwd_kernel(
     minimum, maximum = row_extremes(b_w)
     minimum = tl.minimum(minimum, 0.0)
     maximum = tl.maximum(maximum, 0.0)
-    group = n * G + g
     if KEEP_EXTREMES:
         tl.store(extremes_ptr + group, minimum, mask=m_n)
         tl.store(extremes_ptr + N * G + group, maximum, mask=m_n)
-    low_share, high_share = kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
     _store_rounded(
         out_ptr + first * K + offsets, scale_ptr, zero_point_ptr, mask, b_w, minimum, maximum, low_share, high_share,
         group, m_n, CODES, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE, FULL,
