@@ -13,7 +13,7 @@ from qrealign_kernels import launches
 
 PARTS = ("benchmarks.fit.calibration", "benchmarks.fit.products")  # each has CASES, a tuple of `Case`
 OPTIONS = ("num_warps", "num_stages")  # of a launch choice; all else but HOST is a constexpr argument
-HOST = ("PROGRAMS",)  # of a launch choice; sizes the grid alone
+HOST = ("PROGRAMS", "TOKENS")  # of a launch choice; read by the launching code alone
 
 
 def no_constants(key: str) -> dict[str, int]:

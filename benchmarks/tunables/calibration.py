@@ -77,10 +77,10 @@ def bound_candidates(key: str) -> list[Choice]:
         {
             "BLOCK_N": (1, 2, 4, 8) if key == "rows" else (8, 16, 32, 64),
             "BLOCK_C": (256, 512, 1024) if key == "rows" else (128,),
-            "AHEAD": (1, 2, 3),
-            "num_warps": (2, 4, 8),
+            "AHEAD": (1, 3),
+            "num_warps": (1, 2, 4, 8),
         },
-        lambda choice: 4 <= choice["BLOCK_N"] * choice["BLOCK_C"] / (32 * choice["num_warps"]) <= 16,
+        lambda choice: 8 <= choice["BLOCK_N"] * choice["BLOCK_C"] / (32 * choice["num_warps"]) <= 16,
     )
 
 
@@ -95,7 +95,13 @@ def edited_candidates(key: str) -> list[Choice]:
 def product_candidates(key: str) -> list[Choice]:
     """Return tiles of the rows of some groups of 128 and the tokens of a step."""
     return grid(
-        {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "AHEAD": (1, 2, 3), "num_warps": (4, 8)},
+        {
+            "BLOCK_M": (32, 64, 128),
+            "BLOCK_N": (32, 64, 128),
+            "AHEAD": (1, 2, 3),
+            "num_warps": (4, 8),
+            "TOKENS": (0, 256),  # with 0 it is the two-kernel form that is timed
+        },
         lambda choice: choice["AHEAD"] * choice["BLOCK_M"] * (choice["BLOCK_N"] + 128) <= 48 * 1024,
     )
 
