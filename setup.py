@@ -1,8 +1,8 @@
 """Builds the packages, and the extensions where their compilers allow it: what is absent never fails an install.
 
-QREALIGN_BUILD=off leaves both extensions out, =cpu insists on the C++ one, =cuda on both, =auto (the default) tries. The
-CUDA one needs nvcc, found through CUDA_HOME, PATH or /usr/local/cuda. Why one is missing is kept beside the package's
-modules for `python -m qrealign.run doctor`.
+QREALIGN_BUILD=off leaves both extensions out, =cpu insists on the C++ one, =cuda on both, =auto (the default) tries.
+The CUDA one needs nvcc, found through CUDA_HOME, PATH or /usr/local/cuda. Why one is missing is kept beside the
+package's modules for `python -m qrealign.run doctor`.
 """
 
 from __future__ import annotations

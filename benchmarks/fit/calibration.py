@@ -16,7 +16,7 @@ _LEARNED = {"HAS_LOW": True, "HAS_HIGH": True, "HAS_COLUMN": True, "HAS_ROW": Tr
 # learned for.
 _NARROW, _WIDE, _WIDEST = ("128", "1024", "4096", "8192"), ("16384",), ("32768",)
 _SHORT, _LONG = ("128", "1024", "4096"), ("8192", "16384", "32768")
-_TOKENS = {"CODES": True, "QMIN": -128, "QMAX": 127, "ZERO_SCALE": 2.0**-23}
+_TOKENS = {"CODES": True, "QMIN": -128, "QMAX": 127, "ZERO_SCALE": 2.0**-23, "OVERLAP": False}
 _CODED = {"out_ptr": "*i8", "zero_point_ptr": "*i8"}
 _MANY = (*_NARROW, *_WIDE)
 _FEW = tuple(f"{key}-few" for key in _NARROW)
@@ -29,11 +29,27 @@ def _rounding(name: str, given: Mapping[str, object], keys: tuple[str, ...], *, 
         kernel=weights._fake_quant_edited_fwd_kernel,
         table="fake_quant_edited_fwd",
         types={"weight_ptr": "*bf16", "out_ptr": "*bf16"},
-        constants={**_GRID, **given} | {"CODES": False, "KEEP_EXTREMES": True, "FULL": False},
+        constants={**_GRID, **given} | {"CODES": False, "KEEP_EXTREMES": True, "FULL": False, "RANK": 0},
         from_key=weights.row_tile_columns,
         aligned=("N", "K", "C"),
         keys=keys,
         hot=hot,
+    )
+
+
+def _slightly_edited(name: str, keys: tuple[str, ...]) -> Case:
+    """Return the case of encoding a bfloat16 weight with an edit of rank 2, that of the default recipe."""
+    nothing_else = {"HAS_LOW": False, "HAS_HIGH": False, "HAS_COLUMN": False, "HAS_ROW": False}
+    flags = {"CODES": True, "KEEP_EXTREMES": False, "FULL": False, "RANK": 2}
+    return Case(
+        name=name,
+        kernel=weights._fake_quant_edited_fwd_kernel,
+        table="fake_quant_edited_fwd",
+        types={"weight_ptr": "*bf16"} | _CODED,
+        constants=_GRID | nothing_else | flags,
+        from_key=weights.row_tile_columns,
+        aligned=("N", "K", "C"),
+        keys=keys,
     )
 
 
@@ -101,6 +117,7 @@ def _norm_gradients(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Ca
 CASES = (
     _rounding("weight, rounded", _LEARNED, _MANY),
     _rounding("weight, rounded, widest", _LEARNED, _WIDEST, hot=False),
+    _slightly_edited("weight with an edit of rank 2, codes", ("4096", "8192", "16384")),
     _edited("weight with an edit, codes", ("16", "32", "64")),
     _edited("weight with an edit of a rank over 64, codes", ("default",), hot=False),
     _gradients("weight, gradients", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _SHORT),

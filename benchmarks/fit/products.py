@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import triton
 
 from benchmarks.fit.cases import Case, no_constants
@@ -11,14 +13,14 @@ from qrealign_kernels.triton_linear import few_tokens
 _CODES = {"x_ptr": "*i8", "w_ptr": "*i8", "w_scale_ptr": "*bf16", "zero_ptr": "*i8", "out_ptr": "*bf16"}
 _WORDS = _CODES | {"w_ptr": "*i32"}
 _FLOATS = _WORDS | {"x_ptr": "*bf16"}
-_FLAGS = {"HAS_BIAS": True, "EVEN": True, "OVERLAP": False}
-_ROW = {"K": 4096, "KP": 4096, "OVERLAP": False, "HAS_BIAS": True}
-_TOKEN = _ROW | {"QUANTIZE": True, "QMIN": -128, "QMAX": 127, "ZERO_SCALE": 2.0**-23}
-_GROUPS = {"GROUP": 128, "HAS_ZERO": True}
+_FLAGS: dict[str, object] = {"HAS_BIAS": True, "EVEN": True, "OVERLAP": False}
+_ROW: dict[str, object] = {"K": 4096, "KP": 4096, "OVERLAP": False, "HAS_BIAS": True}
+_TOKEN: dict[str, object] = _ROW | {"QUANTIZE": True, "QMIN": -128, "QMAX": 127, "ZERO_SCALE": 2.0**-23}
+_GROUPS: dict[str, object] = {"GROUP": 128, "HAS_ZERO": True}
 
 
 def _product(
-    table: str, kernel: triton.JITFunction, types: dict[str, str], constants: dict[str, object], note: str = ""
+    table: str, kernel: triton.JITFunction, types: Mapping[str, str], constants: Mapping[str, object], note: str = ""
 ) -> Case:
     return Case(
         name=f"{table}{note}",

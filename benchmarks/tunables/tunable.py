@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from qrealign_kernels.launches import Choice
 
-PARTS = ("benchmarks.tunables.calibration",)  # each has TUNABLES, a tuple of `Tunable`
+# Each has TUNABLES, a tuple of `Tunable`.
+PARTS = ("benchmarks.tunables.calibration", "benchmarks.tunables.products", "benchmarks.tunables.decode")
 
 Calls = list[Callable[[], object]]
 

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from qrealign_kernels.layouts import BLOCK, PLANE
 from qrealign_kernels.triton_math import INTERPRETED, clip, divide, round_half_even, to_int8
-from qrealign_kernels.triton_overlap import wait_for_inputs
+from qrealign_kernels.triton_overlap import prefetch_rows, wait_for_inputs
 
 _BLOCK = tl.constexpr(BLOCK)
 _PLANE = tl.constexpr(PLANE)
@@ -89,6 +89,12 @@ def _load_words(w_ptr, n, o_t, N, WORDS: tl.constexpr):
     return tl.load(w_ptr + n[None, :, None] * WORDS + o_w[:, None, :], mask=mask, other=0)
 
 
+@triton.constexpr_function
+def _power_of_2(number):
+    """Return the next power of two, at least 1."""
+    return 1 << max(0, number - 1).bit_length()
+
+
 @triton.jit
 def _int8_gemv_fwd_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, out_ptr, N, K: tl.constexpr, KP: tl.constexpr,
@@ -101,6 +107,8 @@ def _int8_gemv_fwd_kernel(
     thread = tl.arange(0, THREADS)
     byte = tl.arange(0, 4)
     words = _load_words(w_ptr, n, thread, N, KP // 4)
+    if OVERLAP and STEPS > 1:
+        prefetch_rows(w_ptr, tl.minimum(n, N - 1), KP // 4, _power_of_2(KP // 128))
     wait_for_inputs(OVERLAP)
     x_scale = _x_scale(x_ptr, x_scale_ptr, K, QUANTIZE, QMIN, QMAX, ZERO_SCALE, 16 * THREADS, STEPS)
     acc = tl.zeros([THREADS, BLOCK_N], tl.int32)
@@ -118,13 +126,13 @@ def _int8_gemv_fwd_kernel(
 
 
 @triton.jit
-def _group_offsets(n, o_t, half_start, N, G, GROUP: tl.constexpr):
-    """Return where the scales `[G, N]` of rows n stand for the threads' blocks, `[THREADS or 1, BLOCK_N]`."""
+def _group_offsets(n, o_t, half_start, G, GROUP: tl.constexpr):
+    """Return where the scales `[N, G]` of rows n stand for the threads' blocks, `[THREADS or 1, BLOCK_N]`."""
     if GROUP == 0:
         offsets = n[None, :]
     else:
         column = (o_t // (_WORDS // 4)) * _BLOCK + half_start
-        offsets = tl.minimum(column // GROUP, G - 1)[:, None] * N + n[None, :]
+        offsets = n[None, :] * G + tl.minimum(column // GROUP, G - 1)[:, None]
     return offsets
 
 
@@ -140,6 +148,11 @@ def _int4_gemv_fwd_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     thread = tl.arange(0, THREADS)
     words = _load_words(w_ptr, n, thread, N, KP // 8)
+    if OVERLAP:
+        rows = tl.minimum(n, N - 1)
+        prefetch_rows(w_scale_ptr, rows, G, _power_of_2(G // 32))
+        if STEPS > 1:
+            prefetch_rows(w_ptr, rows, KP // 8, _power_of_2(KP // 256))
     wait_for_inputs(OVERLAP)
     x_scale = _x_scale(x_ptr, x_scale_ptr, K, QUANTIZE, QMIN, QMAX, ZERO_SCALE, 32 * THREADS, STEPS)
     acc = tl.zeros([THREADS, BLOCK_N], tl.float32)
@@ -155,7 +168,7 @@ def _int4_gemv_fwd_kernel(
                 x_words |= _load_codes(x_ptr, columns, K, x_scale, QUANTIZE, QMIN, QMAX) << (8 * byte)
             products = tl.sum(dot4((words >> (4 * half)) & 0x0F0F0F0F, x_words[:, None, :]), axis=2)
             total = tl.sum(dot4(x_words, tl.full([THREADS, 4], 0x01010101, tl.int32)), axis=1)[:, None]
-            o_g = _group_offsets(n, o_t, half * (_BLOCK // 2), N, G, GROUP)
+            o_g = _group_offsets(n, o_t, half * (_BLOCK // 2), G, GROUP)
             zero = 8
             if HAS_ZERO:
                 zero = 8 + tl.load(zero_ptr + o_g, mask=mask, other=0).to(tl.int32)
@@ -198,6 +211,11 @@ def _int4_float_gemv_fwd_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     thread = tl.arange(0, THREADS)
     words = _load_words(w_ptr, n, thread, N, KP // 8)
+    if OVERLAP:
+        rows = tl.minimum(n, N - 1)
+        prefetch_rows(w_scale_ptr, rows, G, _power_of_2(G // 32))
+        if STEPS > 1:
+            prefetch_rows(w_ptr, rows, KP // 8, _power_of_2(KP // 256))
     wait_for_inputs(OVERLAP)
     acc = tl.zeros([THREADS, BLOCK_N], tl.float32)
     for step in tl.static_range(STEPS):
@@ -214,7 +232,7 @@ def _int4_float_gemv_fwd_kernel(
                 products += _planted(words, plane) * b_x[:, None, :]
                 total += b_x
             b_y = tl.sum(products, axis=2)  # [THREADS, BLOCK_N]
-            o_g = _group_offsets(n, o_t, first * _PLANE, N, G, GROUP)
+            o_g = _group_offsets(n, o_t, first * _PLANE, G, GROUP)
             if HAS_ZERO:
                 b_y -= tl.load(zero_ptr + o_g, mask=mask, other=0).to(tl.float32) * tl.sum(total, axis=1)[:, None]
             acc += b_y * tl.load(w_scale_ptr + o_g, mask=mask, other=0.0).to(tl.float32)

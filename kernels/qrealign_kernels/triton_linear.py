@@ -1,6 +1,7 @@
 """The quantized linear products on Triton kernels: which kernel for how many tokens, and its launch.
 
-Keys of the launch tables are the number of tokens rounded up to a power of two, "m1" to "m8192". A choice gives the
+Keys of the launch tables are the number of tokens rounded up to a power of two, "m2" to "m8192"; for one token K so
+rounded, "k4096", and "k4096-codes" where the token comes rounded. A choice gives the
 kernel's tile, warps and stages. The entry "linear_routes" gives the tokens up to which a kernel is used: INT8_FEW,
 INT4_FEW (both kinds of tokens) and INT4_TILE, behind which the library multiplies a dequantized copy of the weight.
 """
@@ -41,8 +42,8 @@ def repack_weight(
         )
     return PackedWeight(
         data=data,
-        scale=layouts.narrowest_scale(scale).t().contiguous(),  # `[G, N]`: rows of a tile are read together
-        zero_point=None if zero_point is None else zero_point.t().contiguous(),
+        scale=layouts.narrowest_scale(scale),
+        zero_point=None if zero_point is None else zero_point.contiguous(),
         shape=(codes.shape[0], codes.shape[1]),
         num_bits=num_bits,
         activation_bits=activation_bits,
@@ -78,11 +79,11 @@ def _integer_product(
     if weight.layout == ROWS8:
         if tokens <= routes["INT8_FEW"]:
             return _launch_int8_few(layouts.pad_columns(codes, layouts.ALIGNMENT), scale, weight, bias, out)
-        return _launch_int8_tile(codes, scale, weight.data, weight.scale.t(), None, bias, out)
+        return _launch_int8_tile(codes, scale, weight.data, weight.scale, None, bias, out)
     if tokens <= routes["INT4_FEW"]:
         return _launch_int4_few(codes, scale, weight, bias, out)
     # The zero point is subtracted while unpacking: 4-bit differences fit eight bits.
-    return _launch_int8_tile(codes, scale, _unpack4(weight, torch.int8), weight.scale.t(), None, bias, out)
+    return _launch_int8_tile(codes, scale, _unpack4(weight, torch.int8), weight.scale, None, bias, out)
 
 
 def _float_product(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ def _float_product(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Te
     if weight.layout == PLANES4:
         dense = _unpack4(weight, x.dtype)
     else:
-        dense = _scale8(weight.data[:, : x.shape[1]], weight.scale.t(), None, x.dtype)
+        dense = _scale8(weight.data[:, : x.shape[1]], weight.scale, None, x.dtype)
     product = torch.mm(x, dense.T)
     return product.to(out.dtype) if bias is None else product.add_(bias).to(out.dtype)
 
@@ -157,7 +158,9 @@ def _launch_gemv(x: Tensor | QuantizedActivations, weight: PackedWeight, bias: T
     """Multiply one token, rounding it inside the kernel where the weight wants codes."""
     (rows, columns), integer = weight.shape, weight.activation_bits is not None
     name = "int8_gemv" if weight.layout == ROWS8 else "int4_gemv" if integer else "int4_float_gemv"
-    choice = launches.choice(name, "m1", out.device)
+    rounded = integer and not isinstance(x, Tensor)
+    key = f"k{triton.next_power_of_2(columns)}{'-codes' if rounded else ''}"
+    choice = launches.choice(name, key, out.device)
     tokens, x_scale = (x, x) if isinstance(x, Tensor) else (x.codes, x.scale)
     qmin, qmax = code_range(weight.activation_bits or 8)
     per_word = 4 if weight.layout == ROWS8 else 8

@@ -95,9 +95,9 @@ def _int4_tile_fwd_kernel(
         words = tl.load(w_ptrs + start // 8)  # [BLOCK_N, 32]
         halves = halves_of(words, dtype)
         for first in tl.static_range(0, 8, RUN):
-            o_g = n % N
+            o_g = (n % N) * G
             if GROUP > 0:
-                o_g += tl.minimum((start + first * _PLANE) // GROUP, G - 1) * N
+                o_g += tl.minimum((start + first * _PLANE) // GROUP, G - 1)
             scale = tl.load(w_scale_ptr + o_g).to(dtype)[:, None]
             if HAS_ZERO:
                 zero = tl.load(zero_ptr + o_g).to(dtype)[:, None]
@@ -131,7 +131,7 @@ def _unpack4_kernel(
     words = tl.load(w_ptr + n * (KP // 8) + block * _PLANE + lane, mask=inside, other=0)  # [BLOCK_R, BLOCK_C, 32]
     for plane in tl.static_range(8):
         first = block * _BLOCK + plane * _PLANE  # a plane lies within one group
-        o_g = n + (tl.minimum(first // GROUP, G - 1) * N if GROUP > 0 else 0)
+        o_g = n * G + (tl.minimum(first // GROUP, G - 1) if GROUP > 0 else 0)
         codes = plane_of(words, plane) - 8
         if HAS_ZERO:
             codes -= tl.load(zero_ptr + o_g, mask=n < N, other=0).to(tl.int32)

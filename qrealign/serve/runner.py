@@ -32,7 +32,7 @@ class Runner:
         model: a causal language model in eval mode, on its device.
         slots: rows.
         max_length: most tokens of a sequence.
-        cuda_graphs: replay the decode step as a CUDA graph, where the model is on a GPU and decides nothing on the host.
+        cuda_graphs: replay the decode step as a CUDA graph where the model is on a GPU and leaves nothing to the host.
 
     Raises:
         UnsupportedArchitectureError: the model's attention cannot be masked row by row.
@@ -47,7 +47,7 @@ class Runner:
         self.cache = SlotCache(config.num_hidden_layers, slots, max_length)
         self._masks = MaskMaker(config, next(model.parameters()).dtype)
         self._last_only = last_logits_only(model)
-        self._pad = config.pad_token_id or 0
+        self._pad = max(config.pad_token_id or 0, 0)  # some configurations name -1
         replays = cuda_graphs and self.device.type == "cuda" and has_fixed_program(model)
         self._graphs = DecodeGraphs(self._decode, slots, self.device) if replays else None
 

@@ -1,0 +1,139 @@
+"""Times one peer, in a process of its own: one that is missing, crashes or hangs costs itself alone.
+
+`python -m benchmarks.gemm.measure PEER --log FILE` appends a JSON line a shape and number of tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton.testing
+
+from benchmarks.gemm.peers import PEERS, ROWS, ROWS_OF, TUNING, Peer
+from benchmarks.timing import eager_seconds, graph_seconds, rotations
+
+SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 12288))  # (K, N) of Llama-2-7B: o, gate and up, down, qkv
+WARM_UP_S = 0.3
+SWEEP_S = 0.02  # of calls between two looks at the clock
+
+
+def rows_of(peer: str) -> tuple[int, ...]:
+    """Return the numbers of tokens at which a peer is timed."""
+    return ROWS_OF.get(peer, ROWS)
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, on one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def let_tuners_measure(briefly: bool) -> None:
+    """Shorten the measurements of peers that tune themselves; not `briefly`: choose by none, only compile.
+
+    They call triton's timer, by its name.
+    """
+    if briefly:
+        triton.testing.do_bench = functools.partial(triton.testing.do_bench, warmup=2, rep=8)
+    else:
+        triton.testing.do_bench = lambda call, **options: (call(), [1.0, 1.0, 1.0])[1]
+
+
+def raise_clocks(seconds: float = WARM_UP_S) -> None:
+    """Keep the GPU busy until its clocks are up."""
+    matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        matrix @ matrix
+        torch.cuda.synchronize()
+
+
+def time_product(peer: Peer, packed: list[Any], plain: torch.Tensor, tokens: int) -> dict[str, Any]:
+    """Return one row: microseconds of one product in a CUDA graph and issued from Python, and its relative error."""
+    inputs = [torch.randn(tokens, plain.shape[1], device="cuda", dtype=peer.dtype) for _ in packed]
+    prepared = [peer.prepare(x) for x in inputs]
+    calls = [functools.partial(peer.multiply, *pair) for pair in zip(packed, prepared, strict=True)]
+    row: dict[str, Any] = {}
+    if peer.scaled:
+        want, got = (inputs[0] @ plain.T).float(), calls[0]().float()
+        row["error"] = ((got - want).norm() / want.norm()).item()
+    # A product that takes long needs no more than two weights to keep them out of the cache.
+    calls = calls[: max(2, math.ceil(SWEEP_S / eager_seconds(calls[:2], repeats=2)))]
+    row["eager_us"] = 1e6 * eager_seconds(calls)
+    try:
+        row["us"] = 1e6 * graph_seconds(calls)
+    except Exception as error:
+        row |= {"us": row["eager_us"], "note": f"no CUDA graph: {first_line(error)}"}
+    return row
+
+
+@torch.no_grad()
+def measure(name: str, shapes: list[tuple[int, int]], rows: list[int], log: Path) -> None:
+    """Time a peer at every shape and number of tokens."""
+    try:
+        peer = PEERS[name]()
+    except ImportError as error:
+        append(log, peer=name, note=f"not installed: {error}")
+        return
+    raise_clocks()
+    for columns, outputs in shapes:
+        plain = torch.randn(outputs, columns, device="cuda", dtype=peer.dtype) * 0.02
+        count = rotations(columns * outputs * peer.bits // 8)
+        try:
+            packed = [
+                peer.pack(plain.clone() if not index else torch.randn_like(plain) * 0.02) for index in range(count)
+            ]
+        except Exception as error:
+            append(log, peer=name, K=columns, N=outputs, note=first_line(error))
+            continue
+        for tokens in rows:
+            try:
+                row = time_product(peer, packed, plain, tokens)
+            except Exception as error:
+                row = {"note": first_line(error)}
+            append(log, peer=name, K=columns, N=outputs, M=tokens, **row)
+
+
+@torch.no_grad()
+def compile_only(name: str, shapes: list[tuple[int, int]], rows: list[int]) -> None:
+    """Fill the kernel cache of a peer that tunes itself, so that it need not compile while it is timed."""
+    peer = PEERS[name]()
+    for columns, outputs in shapes:
+        packed = peer.pack(torch.randn(outputs, columns, device="cuda", dtype=peer.dtype) * 0.02)
+        for tokens in rows:
+            peer.multiply(packed, peer.prepare(torch.randn(tokens, columns, device="cuda", dtype=peer.dtype)))
+
+
+def append(log: Path, **row: object) -> None:
+    """Add a row to the log, and show it."""
+    line = json.dumps(row)
+    print(line, flush=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gemm.measure", description=__doc__)
+    parser.add_argument("peer", choices=list(PEERS))
+    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--shapes", nargs="+", type=int, default=list(range(len(SHAPES))), help="indices")
+    parser.add_argument("--rows", nargs="+", type=int)
+    parser.add_argument("--compile-only", action="store_true")
+    args = parser.parse_args()
+    shapes, rows = [SHAPES[index] for index in args.shapes], args.rows or list(rows_of(args.peer))
+    if args.peer in TUNING:
+        let_tuners_measure(briefly=not args.compile_only)
+    if args.compile_only:
+        compile_only(args.peer, shapes, rows)
+    else:
+        measure(args.peer, shapes, rows, args.log)
+
+
+if __name__ == "__main__":
+    main()
