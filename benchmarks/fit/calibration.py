@@ -44,7 +44,7 @@ def _slightly_edited(name: str, keys: tuple[str, ...]) -> Case:
         kernel=weights._fake_quant_edited_fwd_kernel,
         table="fake_quant_edited_fwd",
         types={"weight_ptr": "*bf16"} | _CODED,
-        constants=_GRID | nothing_else | flags,
+        constants={**_GRID, **nothing_else, **flags},
         from_key=weights.row_tile_columns,
         aligned=("N", "K", "C"),
         keys=keys,
