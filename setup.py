@@ -42,6 +42,8 @@ class OptionalBuildExt(build_ext):
 
     def run(self) -> None:
         self.notes: dict[str, str] = {}
+        if "_C_cuda" in REQUIRED[MODE]:
+            find_toolkit()  # says at once what would be missing minutes later
         super().run()
         folder = Path(self.get_ext_fullpath(f"{PACKAGE}._C")).parent  # in the checkout if that is where it goes
         folder.mkdir(parents=True, exist_ok=True)
