@@ -12,8 +12,10 @@ from qrealign_kernels import triton_weight as weights
 _GRID = {"QMIN": -128, "QMAX": 127, "SYMMETRIC": True, "SCALE_KIND": 2, "MIN_SCALE": 2.0**-24}
 _ASYMMETRIC = {"QMIN": -8, "QMAX": 7, "SYMMETRIC": False, "SCALE_KIND": 0, "MIN_SCALE": 2.0**-24}
 _LEARNED = {"HAS_LOW": True, "HAS_HIGH": True, "HAS_COLUMN": True, "HAS_ROW": True}
-# Rows longer than 8,192 are those of down projections, which no scale per column is learned for.
+# A kernel may spill where its tiles hold the longest rows; down projections have these, which no column scale is
+# learned for.
 _NARROW, _WIDE, _WIDEST = ("128", "1024", "4096", "8192"), ("16384",), ("32768",)
+_SHORT, _LONG = ("128", "1024", "4096"), ("8192", "16384", "32768")
 _TOKENS = {"CODES": True, "QMIN": -128, "QMAX": 127, "ZERO_SCALE": 2.0**-23, "OVERLAP": False}
 _CODED = {"out_ptr": "*i8", "zero_point_ptr": "*i8"}
 _MANY = (*_NARROW, *_WIDE)
@@ -44,7 +46,7 @@ def _slightly_edited(name: str, keys: tuple[str, ...]) -> Case:
         kernel=weights._fake_quant_edited_fwd_kernel,
         table="fake_quant_edited_fwd",
         types={"weight_ptr": "*bf16"} | _CODED,
-        constants=_GRID | nothing_else | flags,
+        constants={**_GRID, **nothing_else, **flags},
         from_key=weights.row_tile_columns,
         aligned=("N", "K", "C"),
         keys=keys,
@@ -118,7 +120,7 @@ CASES = (
     _slightly_edited("weight with an edit of rank 2, codes", ("4096", "8192", "16384")),
     _edited("weight with an edit, codes", ("16", "32", "64")),
     _edited("weight with an edit of a rank over 64, codes", ("default",), hot=False),
-    _gradients("weight, gradients", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _NARROW),
+    _gradients("weight, gradients", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _SHORT),
     Case(
         name="weight, gradients of logits",
         kernel=gradients.bound_gradients_bwd_kernel,
@@ -127,9 +129,7 @@ CASES = (
         constants=_GRID | _LEARNED | {"TO_ROW": True, "FULL": True},
         aligned=("N", "K", "C"),
     ),
-    _gradients(
-        "weight, gradients, wide", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, (*_WIDE, *_WIDEST), hot=False
-    ),
+    _gradients("weight, gradients, long rows", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _LONG, hot=False),
     Case(
         name="product and gradients",
         kernel=gradients.product_gradients_bwd_kernel,

@@ -100,10 +100,10 @@ def sample(cases: Iterable[Case]) -> list[tuple[Build, int]]:
         assert found, f"no launch table has a choice for {case.table}"
         chosen |= {(build, 89): None for build in found if build.gpu_class == launches.DEFAULT}
         for target in (80, 90, 120):
-            own = [build for build in found if build.gpu_class == f"sm{target}"]
+            ours = [build for build in found if build.gpu_class in (launches.DEFAULT, f"sm{target}")]
             if (case.kernel, target) not in once:
                 once.add((case.kernel, target))
-                chosen[(own or found)[-1], target] = None
+                chosen[ours[-1], target] = None
     return list(chosen)
 
 
