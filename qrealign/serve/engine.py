@@ -142,6 +142,7 @@ class Engine:
 
     def _run(self, threads: int) -> None:
         torch.set_num_threads(threads)
+        self._runner.bind_thread()
         while not self._stopping:
             try:
                 if self._admit():
