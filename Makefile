@@ -14,9 +14,9 @@ ARGS ?=
 
 # OpenMP threads that spin while they wait slow each other down as soon as anything else runs: on two busy cores 3,000
 # small products took 19 s with spinning and 2.6 s without; the demo beside one other job 5 min 38 s and 1 min 12 s.
-run test demo-models: export OMP_WAIT_POLICY ?= PASSIVE
+run serve test demo-models: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help run test install install-dev lint format typecheck demo-models bench-safety clean
+.PHONY: help run serve test install install-dev lint format typecheck demo-models bench bench-safety clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -24,6 +24,10 @@ help: ## list the targets
 
 run: $(VENV)/.installed ## realign the shipped demo model into out/demo and print the proof (ARGS adds flags)
 	$(BIN)/python -m qrealign.run --output $(OUTPUT) $(ARGS)
+
+serve: $(VENV)/.installed-serve ## serve the demo's out/demo/model, made first if it is missing (ARGS adds flags)
+	@test -f $(OUTPUT)/model/config.json || $(BIN)/python -m qrealign.run --output $(OUTPUT)
+	$(BIN)/python -m qrealign.serve $(OUTPUT)/model $(ARGS)
 
 test: $(VENV)/.installed-dev ## run all tests, fail below 90 % coverage (ARGS adds pytest flags)
 	$(BIN)/python -m pytest -n auto --cov --cov-report=term --cov-fail-under=$(COVERAGE_FLOOR) $(ARGS)
@@ -45,6 +49,9 @@ typecheck: $(VENV)/.installed-dev ## check types
 demo-models: $(VENV)/.installed ## rebuild the shipped demo models from nothing
 	$(BIN)/python -m qrealign.demo.build $(ARGS)
 
+bench: $(VENV)/.installed ## whole calibration runs on random 7B weights, into docs/calibration.md (ARGS as in benchmarks/README.md)
+	$(BIN)/python -m benchmarks.calibration $(ARGS)
+
 bench-safety: $(VENV)/.installed ## every method, scheme and seed, into tables and plots (ARGS as in benchmarks/README.md)
 	$(BIN)/python -m benchmarks.safety $(ARGS)
 
@@ -64,7 +71,12 @@ $(VENV)/.installed: $(INSTALLED_FROM) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e .
 	@touch $@
 
+$(VENV)/.installed-serve: $(INSTALLED_FROM) | $(BIN)/python
+	$(PIP) install --no-deps $(TORCH_INDEX) $(TORCH)
+	$(PIP) install -c constraints.txt -e '.[serve]'
+	@touch $(VENV)/.installed $@
+
 $(VENV)/.installed-dev: $(INSTALLED_FROM) | $(BIN)/python
 	$(PIP) install --no-deps $(TORCH_INDEX) $(TORCH)
 	$(PIP) install -c constraints.txt -e '.[dev]'
-	@touch $(VENV)/.installed $@
+	@touch $(VENV)/.installed $(VENV)/.installed-serve $@

@@ -1,11 +1,15 @@
-"""Builds the packages, and the C++ extension where a compiler allows it: its absence never fails an install.
+"""Builds the packages, and the extensions where their compilers allow it: what is absent never fails an install.
 
-QREALIGN_BUILD=off leaves the extension out, =cpu insists on it, =auto (the default) tries.
+QREALIGN_BUILD=off leaves both extensions out, =cpu insists on the C++ one, =cuda on both, =auto (the default) tries. The
+CUDA one needs nvcc, found through CUDA_HOME, PATH or /usr/local/cuda. Why one is missing is kept beside the package's
+modules for `python -m qrealign.run doctor`.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,67 +17,121 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 MODE = os.environ.get("QREALIGN_BUILD", "auto")
-NAME = "qrealign_kernels._C"
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/fake_quant_weight.cpp", "csrc/cpu/pack.cpp", "csrc/cpu/per_token.cpp"]
+REQUIRED = {"off": (), "auto": (), "cpu": ("_C",), "cuda": ("_C", "_C_cuda")}
+PACKAGE = "qrealign_kernels"
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",  # GCC 12's own AVX-512 header sets registers to themselves
+    "-pthread",
+]
+# Compute capabilities with the tensor-core instructions that the kernels use; nvcc takes those that it knows.
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
 
 
 class OptionalBuildExt(build_ext):
-    """Builds the extension or notes why it is missing, beside the package's modules."""
-
-    note = "not attempted"
+    """Builds the extensions, and notes beside the package's modules what became of each."""
 
     def run(self) -> None:
+        self.notes: dict[str, str] = {}
         super().run()
-        folder = Path(
-            self.get_ext_fullpath(NAME)
-        ).parent  # beside the extension, in the checkout if that is where it goes
+        folder = Path(self.get_ext_fullpath(f"{PACKAGE}._C")).parent  # in the checkout if that is where it goes
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "_build_note.txt").write_text(self.note.replace("\n", " ") + "\n", encoding="utf-8")
+        lines = [f"{name}: {note}\n" for name, note in self.notes.items()]
+        (folder / "_build_note.txt").write_text("".join(lines), encoding="utf-8")
 
     def build_extension(self, ext: Extension) -> None:
+        name = ext.name.removeprefix(f"{PACKAGE}.")
         try:
             if MODE == "off":
-                raise RuntimeError("left out by QREALIGN_BUILD=off")
+                raise RuntimeError("QREALIGN_BUILD=off")
+            if name == "_C_cuda":
+                self.compile_kernels(ext)
             import pybind11
 
             ext.include_dirs.append(pybind11.get_include())
             super().build_extension(ext)
         except Exception as error:
-            if MODE == "cpu":
+            if name in REQUIRED[MODE]:
                 raise
-            self.note = f"left out: {error}"
-            print(f"warning: {NAME} is not built ({error}); the PyTorch reference is used instead", file=sys.stderr)
+            self.notes[name] = f"left out: {error}".replace("\n", " ")
+            if MODE != "off" and not isinstance(error, NoToolkitError):
+                print(f"warning: {ext.name} is not built ({error}); other code takes its place", file=sys.stderr)
         else:
-            self.note = "built"
+            self.notes[name] = "built"
+
+    def compile_kernels(self, ext: Extension) -> None:
+        """Compile the .cu files and add them to the extension, with the runtime library inside it."""
+        toolkit = find_toolkit()
+        nvcc = str(toolkit / "bin" / "nvcc")
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        for source in sorted(Path("csrc/cuda").glob("*.cu")):
+            target = str(folder / f"{source.stem}.o")
+            options = ["-std=c++17", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            self.spawn([nvcc, *options, *targets(nvcc), "-c", str(source), "-o", target])
+            ext.extra_objects.append(target)
+        ext.library_dirs += [str(toolkit / folder) for folder in ("lib64", "lib")]
+        ext.libraries += ["cudart_static", "dl", "rt"]
 
 
-def extension() -> Extension:
-    """Describe the extension; it needs pybind11 and no torch headers."""
-    flags = [
-        "-std=c++17",
-        "-O3",
-        "-fvisibility=hidden",
-        "-ffp-contract=off",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-Wall",
-        "-Wextra",
-        "-Wno-psabi",
-        "-pthread",
-    ]
-    return Extension(
-        NAME,
-        SOURCES,
-        depends=["csrc/common.h"],
+class NoToolkitError(RuntimeError):
+    """There is no CUDA compiler, as on every machine without an NVIDIA GPU: nothing to warn of."""
+
+
+def find_toolkit() -> Path:
+    """Return the folder of the CUDA toolkit."""
+    if home := os.environ.get("CUDA_HOME"):
+        found = Path(home)
+    else:
+        nvcc = shutil.which("nvcc")
+        found = Path(nvcc).resolve().parents[1] if nvcc else Path("/usr/local/cuda")
+    if not (found / "bin" / "nvcc").is_file():
+        raise NoToolkitError("no CUDA toolkit: CUDA_HOME, PATH and /usr/local/cuda lead to no nvcc")
+    return found
+
+
+def targets(nvcc: str) -> list[str]:
+    """Return nvcc's options for all GPUs: machine code for those it knows, and PTX for later ones."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    known = [capability for capability in CAPABILITIES if f"compute_{capability}" in listed]
+    codes = [f"arch=compute_{capability},code=sm_{capability}" for capability in known]
+    codes.append(f"arch=compute_{known[-1]},code=compute_{known[-1]}")
+    return [option for code in codes for option in ("-gencode", code)]
+
+
+def extensions() -> list[Extension]:
+    """Describe the extensions; they need pybind11 and no torch headers."""
+    cpu = Extension(
+        f"{PACKAGE}._C",
+        ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))],
+        depends=["csrc/common.h", "csrc/cpu/linear.h"],
         language="c++",
-        extra_compile_args=flags,
+        extra_compile_args=FLAGS,
         extra_link_args=["-pthread"],
-        optional=MODE != "cpu",
+        optional="_C" not in REQUIRED[MODE],
     )
+    cuda = Extension(
+        f"{PACKAGE}._C_cuda",
+        ["csrc/cuda/bindings.cpp"],
+        depends=[str(path) for path in Path("csrc/cuda").iterdir()],
+        language="c++",
+        extra_compile_args=FLAGS,
+        extra_link_args=["-pthread"],
+        optional="_C_cuda" not in REQUIRED[MODE],
+    )
+    return [cpu, cuda]
 
 
-if MODE not in ("off", "cpu", "auto"):
-    raise SystemExit(f"QREALIGN_BUILD must be off, cpu or auto, got {MODE!r}")
+if MODE not in REQUIRED:
+    raise SystemExit(f"QREALIGN_BUILD must be off, cpu, cuda or auto, got {MODE!r}")
 
 setup(
     packages=find_packages(include=["qrealign", "qrealign.*"]) + find_packages("kernels"),
@@ -82,9 +140,10 @@ setup(
         "qrealign": ["py.typed"],
         "qrealign.demo": ["**/*.safetensors", "**/*.json", "**/*.jsonl", "**/*.gz", "**/*.jinja"],
         "qrealign.report": ["**/*.html", "**/*.css", "**/*.js"],
+        "qrealign.serve": ["page/*"],
         "qrealign_kernels": ["py.typed", "*.pyi", "launch_tables/*.json"],
     },
     include_package_data=False,
-    ext_modules=[extension()],
+    ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuildExt},
 )

@@ -45,17 +45,25 @@ def provenance(device: str | None = None) -> dict[str, str]:
     }
 
 
-def record(section: str, values: Mapping[str, float], *, device: str | None = None, path: Path = SUMMARY) -> None:
+def record(
+    section: str,
+    values: Mapping[str, float],
+    *,
+    device: str | None = None,
+    stamp: Mapping[str, str] | None = None,
+    path: Path = SUMMARY,
+) -> None:
     """Set figures of a section ("calibration", "serving"), keeping all others.
 
     Args:
         section: first key.
         values: name -> value.
         device: see `provenance`.
+        stamp: where and when the values were measured, as `provenance` gave it then; None for here and now.
         path: the summary to write; it is made where it is missing.
     """
     found = _read(path)
-    stamp = provenance(device)
+    stamp = dict(stamp or provenance(device))
     found.setdefault(section, {}).update({name: {"value": value, **stamp} for name, value in values.items()})
     _write(path, found)
 

@@ -1,9 +1,11 @@
 // The Python module qrealign_kernels._C: addresses and sizes in, nothing out. cpu.py checks tensors before it calls.
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
 #include <string>
 
 #include "common.h"
+#include "cpu/linear.h"
 
 namespace py = pybind11;
 
@@ -70,6 +72,42 @@ void unpack_codes(uintptr_t packed, uintptr_t codes, int64_t row_count, int64_t 
   qrealign::unpack_codes(pointer<const int32_t>(packed), pointer<int8_t>(codes), row_count, columns, num_bits, threads);
 }
 
+const qrealign::DotKernels& dot_kernels(const std::string& name) {
+  const qrealign::DotKernels* kernels = qrealign::find_dot_kernels(name.c_str());
+  if (kernels) return *kernels;
+  throw std::invalid_argument("the instruction set " + name + " is unknown or not usable on this processor");
+}
+
+std::string linear_isa(const std::string& name) { return dot_kernels(name).name; }
+
+qrealign::PackedLinear packed_linear(uintptr_t codes, uintptr_t scale, uintptr_t zero_point, int64_t rows,
+                                     int64_t columns, int64_t groups, int64_t quads, int num_bits) {
+  return {pointer<const uint8_t>(codes),
+          pointer<const float>(scale),
+          pointer<const int8_t>(zero_point),
+          rows,
+          columns,
+          groups,
+          quads,
+          num_bits};
+}
+
+void integer_linear(const std::string& isa, uintptr_t x, uintptr_t x_scale, int64_t tokens, uintptr_t codes, uintptr_t scale,
+                    uintptr_t zero_point, int64_t rows, int64_t columns, int64_t groups, int64_t quads, int num_bits,
+                    uintptr_t bias, uintptr_t out, bool bfloat16, int threads) {
+  qrealign::integer_linear(dot_kernels(isa), pointer<const int8_t>(x), pointer<const float>(x_scale), tokens,
+                           packed_linear(codes, scale, zero_point, rows, columns, groups, quads, num_bits),
+                           pointer<const float>(bias), {pointer<void>(out), bfloat16}, threads);
+}
+
+void float_linear(const std::string& isa, uintptr_t x, int64_t tokens, uintptr_t codes, uintptr_t scale, uintptr_t zero_point,
+                  int64_t rows, int64_t columns, int64_t groups, int64_t quads, int num_bits, uintptr_t bias, uintptr_t out,
+                  bool bfloat16, int threads) {
+  qrealign::float_linear(dot_kernels(isa), pointer<const float>(x), tokens,
+                         packed_linear(codes, scale, zero_point, rows, columns, groups, quads, num_bits),
+                         pointer<const float>(bias), {pointer<void>(out), bfloat16}, threads);
+}
+
 std::string isa() {
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
   __builtin_cpu_init();
@@ -92,4 +130,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("quantize_per_token", &quantize_per_token, release());
   module.def("pack_codes", &pack_codes, release());
   module.def("unpack_codes", &unpack_codes, release());
+  module.def("linear_isa", &linear_isa);
+  module.def("integer_linear", &integer_linear, release());
+  module.def("float_linear", &float_linear, release());
 }

@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <thread>
-#include <vector>
 
 // One body, compiled for several instruction sets; the loader picks one. No fused multiply-add is ever contracted
 // (-ffp-contract=off), so every clone gives the same bits.
@@ -52,7 +50,11 @@ QREALIGN_INLINE Lanes load_lanes(const float* p) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls body(begin, end) on ranges of [0, count). A thread is worth its start for at least 1 << 17 elements.
+// threads.cpp: calls part(body, i) for each i in [0, parts), on as many threads.
+using Part = void (*)(const void* body, int i);
+void run_parts(int parts, Part part, const void* body);
+
+// Calls body(begin, end) on ranges of [0, count). A thread is worth its wake-up for at least 1 << 17 elements.
 template <typename Body>
 void parallel_for(int64_t count, int64_t elements_per_item, int threads, const Body& body) {
   const int64_t useful = std::max<int64_t>(1, count * elements_per_item >> 17);
@@ -61,14 +63,19 @@ void parallel_for(int64_t count, int64_t elements_per_item, int threads, const B
     body(0, count);
     return;
   }
-  const int64_t chunk = ceil_div(count, workers);
-  std::vector<std::thread> pool;
-  pool.reserve(workers - 1);
-  for (int64_t begin = chunk; begin < count; begin += chunk) {
-    pool.emplace_back([&body, begin, end = std::min(begin + chunk, count)] { body(begin, end); });
-  }
-  body(0, std::min(chunk, count));
-  for (auto& worker : pool) worker.join();
+  struct Ranges {
+    const Body& body;
+    int64_t count;
+    int64_t size;
+  };
+  const Ranges ranges = {body, count, ceil_div(count, workers)};
+  run_parts(
+      static_cast<int>(ceil_div(count, ranges.size)),
+      [](const void* context, int i) {
+        const Ranges& all = *static_cast<const Ranges*>(context);
+        all.body(i * all.size, std::min((i + 1) * all.size, all.count));
+      },
+      &ranges);
 }
 
 // Rounds to the nearest integer, ties to even, for |x| < 2**22: adding 1.5 * 2**23 leaves no bits for a fraction.

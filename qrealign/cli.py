@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from qrealign.calibrate.methods import EDITS, ENGINES
+from qrealign.calibrate.methods import EDITS, ENGINES, SCHEDULES
 from qrealign.pipeline.methods import METHODS
 from qrealign.pipeline.options import EVALUATION_SIZES, RunOptions, merge_options
 from qrealign.repair.settings import REPAIRS
@@ -14,6 +14,8 @@ _EPILOG = """\
 Without --model the shipped demo is realigned into out/demo. Models are folders or Hub ids; data are files (.json,
 .jsonl, .csv, .txt, also .gz) or Hub ids, with an optional filter: file.jsonl.gz?source=advbench,xstest. Data options
 take several values. What is not given is taken from the prompts shipped with the project.
+
+`python -m qrealign.run doctor` prints versions, devices and kernels: which are usable here, and why others are not.
 """
 
 
@@ -64,6 +66,13 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
         choices=EDITS,
         metavar="NAME",
         help="lowrank, bias (where linears have one), or none for clipping only; default: the method's",
+    )
+    group.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        metavar="NAME",
+        help="block-wise engine: parity, the method's own steps (default), or fast, a sixteenth of the paper's steps "
+        "with larger batches, and an end where a block no longer improves",
     )
     group.add_argument(
         "--repair", choices=list(REPAIRS), metavar="NAME", help="repair before the quantization: " + ", ".join(REPAIRS)
@@ -149,6 +158,13 @@ def _add_evaluation(group: argparse._ArgumentGroup) -> None:
 
 def _add_running(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
+    group.add_argument(
+        "--memory",
+        choices=("auto", "resident", "low", "streamed"),
+        metavar="NAME",
+        help="where weights are: resident on the device, low (resident in fewer bits), streamed from the host; "
+        "auto (default) takes the first that fits",
+    )
     group.add_argument(
         "--resume",
         action="store_true",

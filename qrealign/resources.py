@@ -16,13 +16,14 @@ _SECONDS_PER_HOUR = 3600
 class ResourceMeter:
     """Measures stages, one at a time.
 
-    Host memory is the anonymous resident memory of this process: file pages mapped from checkpoints are not counted,
-    because the kernel drops them under pressure. Where the system does not tell them apart, the whole resident set is
-    taken.
+    Host memory is this process's resident memory that no file backs, page-locked buffers included: file pages mapped
+    from checkpoints are not counted, because the kernel drops them under pressure. Where the system does not tell them
+    apart, the whole resident set is taken. Other processes of the run are measured by themselves; `gpus` says how many
+    GPUs all of them hold.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
-        self.on_gpu = device.startswith("cuda")
+    def __init__(self, device: str = "cpu", *, gpus: int = 1) -> None:
+        self.on_gpu, self.gpus = device.startswith("cuda"), gpus
         self.stages: list[StageRecord] = []
 
     @contextmanager
@@ -48,7 +49,7 @@ class ResourceMeter:
 
             torch.cuda.synchronize()
             peak_device_bytes = torch.cuda.max_memory_allocated()
-        gpu_hours = seconds / _SECONDS_PER_HOUR if self.on_gpu else 0.0
+        gpu_hours = seconds * self.gpus / _SECONDS_PER_HOUR if self.on_gpu else 0.0
         return StageRecord(
             name=name,
             wall_seconds=seconds,
@@ -59,7 +60,7 @@ class ResourceMeter:
 
 
 class _HostSampler:
-    """Samples this process's anonymous memory in a thread."""
+    """Samples this process's memory in a thread."""
 
     def __init__(self) -> None:
         self.peak_bytes = 0
@@ -80,14 +81,17 @@ class _HostSampler:
 
 
 def host_bytes() -> int:
-    """Return this process's anonymous resident bytes (the whole resident set where the system gives no split)."""
+    """Return this process's resident bytes that no file backs (the whole resident set where the system gives no split).
+
+    Page-locked memory is what the system calls shared.
+    """
     try:
         with open("/proc/self/status", encoding="ascii") as status:
-            for line in status:
-                if line.startswith("RssAnon:"):
-                    return int(line.split()[1]) * 1024
+            found = [line.split()[1] for line in status if line.startswith(("RssAnon:", "RssShmem:"))]
     except OSError:
-        pass
+        found = []
+    if found:
+        return 1024 * sum(map(int, found))
     import psutil
 
     return int(psutil.Process().memory_info().rss)

@@ -1,4 +1,4 @@
-"""`python -m qrealign.run`: the main job in one command."""
+"""`python -m qrealign.run`: the main job in one command; `python -m qrealign.run doctor`: what this machine can use."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the main job; return 0, or another exit status after one sentence on standard error."""
+    if list(sys.argv[1:] if arguments is None else arguments) == ["doctor"]:
+        from qrealign.doctor import report
+
+        print(report())
+        return 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         return _run(arguments)

@@ -200,7 +200,7 @@ def measure_cell(plan: Plan, job: Job, device: torch.device) -> None:
     pool, meter, folder = ModelPool(device), ResourceMeter(device.type), options.directory / "model"
     with meter.stage("evaluate"):
         packed = open_packed(str(folder))  # as a user would: the folder alone
-        scores = _evaluate(plan, job, pool.packed(job.name, packed, packed.scheme, folder), packed)
+        scores = _evaluate(plan, job, pool.packed(job.name, packed), packed)
     pool.release()
     details = {"settings": report.settings, "sizes": report.sizes, "prompts": report.data, "notes": report.notes}
     _write_result(plan, job, device, scores, [*report.stages, *meter.stages], details)

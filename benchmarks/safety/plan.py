@@ -162,7 +162,7 @@ class Plan:
         corpora = self.corpora
         questions = corpora.file(f"task_{task}")
         return {
-            "safety_data": (corpora.file("calib_clean"), *corpora.more("prompts_harmful_train")),
+            "safety_data": (corpora.file("calib_clean"),),
             "benign_data": (corpora.file("calib_clean"), *corpora.more("instruct_alpaca")),
             "text_data": corpora.more("text_wikipedia"),
             "borderline_data": (corpora.file("pairs_safety") + _BORDERLINE,),

@@ -45,3 +45,41 @@ def quantize_per_token(
 ) -> None: ...
 def pack_codes(codes: int, packed: int, row_count: int, columns: int, num_bits: int, threads: int, /) -> None: ...
 def unpack_codes(packed: int, codes: int, row_count: int, columns: int, num_bits: int, threads: int, /) -> None: ...
+def linear_isa(isa: str, /) -> str: ...
+def integer_linear(
+    isa: str,
+    x: int,
+    x_scale: int,
+    tokens: int,
+    codes: int,
+    scale: int,
+    zero_point: int,
+    rows: int,
+    columns: int,
+    groups: int,
+    quads: int,
+    num_bits: int,
+    bias: int,
+    out: int,
+    bfloat16: bool,
+    threads: int,
+    /,
+) -> None: ...
+def float_linear(
+    isa: str,
+    x: int,
+    tokens: int,
+    codes: int,
+    scale: int,
+    zero_point: int,
+    rows: int,
+    columns: int,
+    groups: int,
+    quads: int,
+    num_bits: int,
+    bias: int,
+    out: int,
+    bfloat16: bool,
+    threads: int,
+    /,
+) -> None: ...

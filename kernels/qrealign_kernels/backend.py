@@ -8,7 +8,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from qrealign_kernels import cpu, triton_common
+from qrealign_kernels import cpu, cpu_linear, cuda, triton_common
 from qrealign_kernels.interface import REFERENCE, Backend
 
 BACKENDS = ("triton", "cpu", "reference")
@@ -107,6 +107,13 @@ def _load(name: str) -> Backend:
 
 
 def build_info() -> dict[str, str]:
-    """Return each backend with "usable" or the reason it is not, and the versions that matter."""
+    """Return each backend, and the CUDA extension that serves "triton" for a few tokens, with "usable" or the reason it is
+    not; what the CPU's code runs on; and the versions that matter."""
     info = {name: unavailable_reason(name) or "usable" for name in BACKENDS}
-    return info | {"torch": torch.__version__, "triton_version": triton_common.version(), "cpu_isa": cpu.isa()}
+    return info | {
+        "cuda_kernels": cuda.unavailable_reason() or "usable",
+        "cpu_isa": cpu.isa(),
+        "cpu_linear_isa": cpu_linear.isa(),
+        "torch": torch.__version__,
+        "triton_version": triton_common.version(),
+    }

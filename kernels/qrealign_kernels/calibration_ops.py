@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qrealign_kernels.autograd_calibration import RmsNormFakeQuantFunction, SiluMulFakeQuantFunction
 from qrealign_kernels.backend import backend_for
-from qrealign_kernels.ops import check_activation, check_transform, check_weight
+from qrealign_kernels.ops import check_activation, check_transform, check_weight, empty_codes
 from qrealign_kernels.quantized import QuantizedActivations
 from qrealign_kernels.reference_calibration import WeightGradients
 
@@ -212,18 +212,14 @@ _rms_norm_quantize_op = torch.library.custom_op("qrealign::rms_norm_quantize", _
 _silu_mul_quantize_op = torch.library.custom_op("qrealign::silu_mul_quantize", _silu_mul_quantize, mutates_args=())
 
 
-def _empty_codes(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-
-
 @_rms_norm_quantize_op.register_fake
 def _(x: Tensor, weight: Tensor, eps: float, offset: float, num_bits: int) -> tuple[Tensor, Tensor]:
-    return _empty_codes(x)
+    return empty_codes(x)
 
 
 @_silu_mul_quantize_op.register_fake
 def _(gate: Tensor, up: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
-    return _empty_codes(gate)
+    return empty_codes(gate)
 
 
 def _normed_dtype(x: Tensor, weight: Tensor, offset: float) -> torch.dtype:

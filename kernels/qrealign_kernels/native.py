@@ -1,4 +1,4 @@
-"""Loads the compiled extension `_C` if there is one and keeps the reason if there is none."""
+"""Loads a compiled extension, `_C` or `_C_cuda`, if there is one and keeps the reason if there is none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-# Written by setup.py, also where no extension could be built.
+# Written by setup.py, also where no extension could be built: a line "name: what became of it" for each.
 BUILD_NOTE = Path(__file__).with_name("_build_note.txt")
 
 
@@ -15,14 +15,16 @@ def load_extension(name: str = "_C") -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module(f"qrealign_kernels.{name}"), None
     except ModuleNotFoundError:
-        return None, f"qrealign_kernels.{name} is not built ({read_build_note()})"
+        return None, f"qrealign_kernels.{name} is not built ({read_build_note(name)})"
     except ImportError as error:
         return None, f"qrealign_kernels.{name} cannot be loaded: {error}"
 
 
-def read_build_note() -> str:
-    """Return what the installer noted about the build of the extension."""
+def read_build_note(name: str) -> str:
+    """Return what the installer noted about the build of an extension."""
     try:
-        return BUILD_NOTE.read_text(encoding="utf-8").strip()
+        lines = BUILD_NOTE.read_text(encoding="utf-8").splitlines()
     except OSError:
-        return "no build was attempted"
+        lines = []
+    notes = dict(line.split(": ", 1) for line in lines if ": " in line)
+    return notes.get(name, "no build was attempted")

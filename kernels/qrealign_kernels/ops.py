@@ -163,8 +163,28 @@ def quantize_per_token(x: Tensor, *, num_bits: int = 8) -> tuple[Tensor, Tensor]
         BackendUnavailableError: the backend chosen by name cannot take this tensor.
     """
     check_activation(x, num_bits)
+    run = _quantize_per_token_op if torch.compiler.is_compiling() else _quantize_per_token
+    codes, scale = run(x, num_bits)
+    return codes, scale
+
+
+def _quantize_per_token(x: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         return backend_for(x).quantize_per_token(x, num_bits)
+
+
+# To torch.compile the op is one opaque operator, so that nothing traces into a kernel launch.
+_quantize_per_token_op = torch.library.custom_op("qrealign::quantize_per_token", _quantize_per_token, mutates_args=())
+
+
+def empty_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return tensors of the shape and dtype of a token's codes and scales, for the tracing of opaque operators."""
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@_quantize_per_token_op.register_fake
+def _(x: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
+    return empty_codes(x)
 
 
 def fake_quant_per_token(x: Tensor, *, num_bits: int = 8) -> Tensor:

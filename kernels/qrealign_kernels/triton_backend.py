@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from qrealign_kernels import triton_activations, triton_linear, triton_weight
+from qrealign_kernels import triton_activations, triton_linear, triton_weight, triton_weight_gradients
 from qrealign_kernels.interface import REFERENCE
 
 BACKEND = dataclasses.replace(
@@ -13,7 +13,8 @@ BACKEND = dataclasses.replace(
     quantize_per_token=triton_activations.quantize_per_token,
     encode_weight=triton_weight.encode_weight,
     fake_quant_edited_weight=triton_weight.fake_quant_edited_weight,
-    edited_weight_gradients=triton_weight.edited_weight_gradients,
+    edited_weight_gradients=triton_weight_gradients.edited_weight_gradients,
+    reduced_weight_gradient=triton_weight_gradients.reduced_weight_gradient,
     rms_norm_quantize=triton_activations.rms_norm_quantize,
     rms_norm_fake_quant=triton_activations.rms_norm_fake_quant,
     rms_norm_gradients=triton_activations.rms_norm_gradients,

@@ -34,7 +34,7 @@ class Contestant:
     def load(self, pool: ModelPool) -> PreTrainedModel:
         """Return the model with its weights."""
         if isinstance(self.source, PackedSource):
-            return pool.packed(self.key, self.source, self.source.scheme, self.source.path)
+            return pool.packed(self.key, self.source)
         return pool.full_precision(self.key, self.source)
 
     def identity(self, pool: ModelPool) -> str:

@@ -6,9 +6,9 @@ and, where the method asks for it, the aligned model's (target of the malicious 
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from qrealign.calibrate.divergence import DivergenceGuard
+from qrealign.calibrate.blocksteps import BlockSteps
+from qrealign.calibrate.distributed import ALONE, Team
+from qrealign.calibrate.handover import HandOver
 from qrealign.calibrate.losses import alignment_loss, reconstruction_loss
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.calibrate.parameters import BlockContext, Trainable
-from qrealign.calibrate.parts import Parts
 from qrealign.calibrate.schedule import block_epochs, stratified_batches
 from qrealign.calibrate.state import load_progress, save_progress
-from qrealign.calibrate.streams import InputMaxima, Inputs, advance
+from qrealign.calibrate.streams import InputMaxima, Inputs, Streams, advance, stream_place
 from qrealign.config import QuantScheme
 from qrealign.data.capture import run_block
 from qrealign.models.source import ModelSource
@@ -34,7 +35,7 @@ from qrealign.quant.fake_quant import freeze_linears, swap_linears
 from qrealign.records import CurvePoint
 
 STREAM_BATCH = 16
-CURVE_POINTS = 40  # kept per block
+SAVE_SECONDS = 10  # between two saves on a GPU, where a block takes less than writing the streams: a kill costs these
 
 
 @dataclass(kw_only=True)
@@ -47,27 +48,17 @@ class Target:
 
 
 @dataclass(kw_only=True)
-class Streams:
-    """The hidden states entering the next block, `[N, T, H]` on the host."""
-
-    student: Tensor
-    finetuned: Tensor
-    aligned: Tensor | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-
-@dataclass(kw_only=True)
 class BlockwiseCalibrator:
     """Calibrates a model block by block.
 
     Args:
         source: the fine-tuned model; `model` is its skeleton, embeddings loaded.
         aligned: the aligned model and its skeleton, where the method's target needs them.
-        on_block: receives each frozen block, in order, before its progress is saved.
+        on_block: receives each frozen block, in order, before its progress is saved; on a GPU from another thread.
         on_trained: receives each block before it is frozen, its parameters still attached.
         state_path: where the streams are kept; a file found there is continued.
+        low_memory: keep the streams in host memory.
+        team: the processes that share every batch; the first one alone hands blocks over and saves.
     """
 
     source: ModelSource
@@ -83,40 +74,62 @@ class BlockwiseCalibrator:
     aligned: tuple[ModelSource, PreTrainedModel] | None = None
     probe: SafetyProbe | None = None
     on_trained: Callable[[int, nn.Module], None] | None = None
+    low_memory: bool = False
+    team: Team = ALONE
     curve: list[CurvePoint] = field(default_factory=list)
     seconds: dict[int, float] = field(default_factory=dict)
 
     def run(self, *, progress: str | None) -> list[CurvePoint]:
-        """Calibrate every block that is not done yet and return the loss curve."""
+        """Calibrate every block that is not done yet and return the loss curve.
+
+        Raises:
+            CalibrationDivergedError: a block's losses stayed non-finite after the restarts.
+        """
         start = self._resume()
-        with tqdm(
-            total=self._steps_from(0),
-            initial=self._steps_from(0) - self._steps_from(start),
+        self._saved = time.perf_counter()
+        self._place = stream_place(self.device, self.dtype, low_memory=self.low_memory)
+        self.streams = Streams(**{name: self._place(stream) for name, stream in self.streams.tensors().items()})
+        self.classes = self.inputs.malicious.cpu()
+        self.inputs = self.inputs.to(self.device)
+        self.probe = None if self.probe is None else self.probe.to(self.device)
+        bar = tqdm(
+            total=self._steps_before(self.source.num_blocks),
+            initial=self._steps_before(start),
             desc=progress,
             disable=progress is None,
             unit="step",
-        ) as bar:
+        )
+        with bar, ExitStack() as stack:
+            blocks = stack.enter_context(closing(self._blocks(self.source, self.model, start)))
+            if self.aligned is not None:
+                self._aligned_blocks = stack.enter_context(closing(self._blocks(*self.aligned, start)))
+            self._hand_over = stack.enter_context(HandOver(self.device))
             for index in range(start, self.source.num_blocks):
                 begin = time.perf_counter()
-                self._calibrate_block(index, bar)
+                frozen = self._calibrate_block(index, next(blocks), bar)
                 self.seconds[index] = time.perf_counter() - begin
-                self._save(index + 1)
+                self._deliver(index, frozen)
+                bar.n = self._steps_before(index + 1)  # a block may have needed fewer
         return self.curve
 
     def steps_of(self, index: int) -> int:
-        """Return how many optimizer steps block `index` gets."""
+        """Return how many optimizer steps block `index` gets at most."""
         epochs = block_epochs(index, self.source.num_blocks, self.settings.epochs)
         return max(1, round(epochs * len(self.inputs.mask) / self.settings.batch_size))
 
-    def _steps_from(self, start: int) -> int:
-        return sum(self.steps_of(index) for index in range(start, self.source.num_blocks))
+    def _steps_before(self, block: int) -> int:
+        return sum(self.steps_of(index) for index in range(block))
 
-    def _calibrate_block(self, index: int, bar: tqdm) -> None:
-        """Learn, freeze and hand over one block, and move all streams past it."""
-        rows = torch.arange(len(self.inputs.mask))
-        block = self.source.load_block(self.model, index, self.device, self.dtype)
+    def _blocks(self, source: ModelSource, model: PreTrainedModel, start: int) -> Generator[nn.Module, None, None]:
+        """Yield the blocks of a model; the next one is read from disk while its predecessor is trained."""
+        yield from source.load_blocks(model, self.device, self.dtype, start=start, ahead=1)
+
+    def _calibrate_block(self, index: int, block: nn.Module, bar: tqdm) -> nn.Module:
+        """Learn one block, move all streams past it and return it frozen."""
+        rows = torch.arange(len(self.inputs.mask), device=self.device)
         with InputMaxima(block) as maxima:
             self.streams.finetuned = self._advance(block, index, self.streams.finetuned, rows)
+        self.team.keep_largest(maxima.values)
         target = Target(benign=self.streams.finetuned, aligned=self._advance_aligned(index), probe=self.probe)
         swap_linears(block, self.scheme, scale_dtype=self.source.storage_dtype, skip=self.source.spec.skip)
         context = BlockContext(
@@ -129,104 +142,94 @@ class BlockwiseCalibrator:
         trainable.fold(self.source.storage_dtype)
         frozen = freeze_block(block, self.source.storage_dtype)
         self.streams.student = self._advance(frozen, index, self.streams.student, rows)
-        self.on_block(index, frozen)
-        frozen.to("meta")
+        return frozen
 
     def _advance(self, block: nn.Module, index: int, stream: Tensor, rows: Tensor) -> Tensor:
-        return advance(block, index, stream, self.inputs, rows=rows, batch_size=STREAM_BATCH, device=self.device)
+        return advance(
+            block, index, stream, self.inputs, rows=rows, batch_size=STREAM_BATCH, place=self._place, team=self.team
+        )
 
     def _advance_aligned(self, index: int) -> Tensor | None:
         """Move the aligned stream past its own block; only malicious samples need it."""
         if self.aligned is None or self.streams.aligned is None:
             return None
-        source, model = self.aligned
-        block = source.load_block(model, index, self.device, self.dtype)
-        self.streams.aligned = self._advance(
-            block, index, self.streams.aligned, self.inputs.malicious.nonzero().flatten()
-        )
+        block = next(self._aligned_blocks)
+        malicious = self.inputs.malicious.nonzero().flatten()
+        self.streams.aligned = self._advance(block, index, self.streams.aligned, malicious)
         block.to("meta")
         return self.streams.aligned
 
     def _train(self, index: int, block: nn.Module, trainable: Trainable, target: Target, bar: tqdm) -> None:
-        settings, steps = self.settings, self.steps_of(index)
-        malicious, benign = (
-            self.inputs.malicious.nonzero().flatten().tolist(),
-            (~self.inputs.malicious).nonzero().flatten().tolist(),
+        """Make the block's steps."""
+
+        def losses_of(rows: Tensor) -> Tensor:
+            output = run_block(block, self.streams.student[rows], self.inputs.kwargs_of(index, rows))
+            return self.sample_losses(index, output, target, rows)
+
+        def on_steps(done: int, loss: float) -> None:
+            bar.update(start + done - bar.n)
+            bar.set_postfix(block=index, loss=f"{loss:.4f}", refresh=False)
+
+        start = bar.n
+        steps = BlockSteps(
+            index=index,
+            trainable=trainable,
+            losses_of=losses_of,
+            order=self._order(index),
+            malicious=self.classes,
+            device=self.device,
+            epoch=max(1, round(len(self.classes) / self.settings.batch_size)),
+            plateau=self.settings.plateau,
+            team=self.team,
         )
-        share = settings.batch_malicious_share if settings.batch_size > 1 else len(malicious) / len(self.inputs.mask)
-        batches = list(
-            islice(
-                stratified_batches(
-                    malicious,
-                    benign,
-                    batch_size=settings.batch_size,
-                    malicious_share=share,
-                    seed=(settings.seed << 16) + index,
-                ),
-                steps,
-            )
+        self.curve += steps.run(on_steps)
+
+    def _order(self, index: int) -> Tensor:
+        """Return the samples of every step of a block, `[S, B]`."""
+        settings, malicious = self.settings, self.classes
+        share = settings.batch_malicious_share if settings.batch_size > 1 else float(malicious.float().mean())
+        batches = stratified_batches(
+            malicious.nonzero().flatten().tolist(),
+            (~malicious).nonzero().flatten().tolist(),
+            batch_size=settings.batch_size,
+            malicious_share=share,
+            seed=(settings.seed << 16) + index,
         )
-        guard = DivergenceGuard(trainable, f"block {index}")
-        parts = Parts(settings.batch_size, trainable.zero_grad)
-        step, last, start = 0, float("nan"), bar.n
-        mark_every, curve_every = max(1, steps // 10), max(1, steps // CURVE_POINTS)
-        while step < steps:
-            trainable.set_rate(1.0)
-            losses = self._step(index, block, trainable, target, torch.tensor(batches[step]), parts)
-            if losses is None:
-                step = guard.recover(step, last)
-                bar.n = start + step
-                continue
-            last = losses["total"]
-            if step % curve_every == 0 or step == steps - 1:
-                self.curve.append(CurvePoint(step=step, block=index, losses=losses))
-            step += 1
-            bar.update()
-            if step % mark_every == 0:
-                guard.mark(step)
-                bar.set_postfix(block=index, loss=f"{last:.4f}")
-
-    def _step(
-        self, index: int, block: nn.Module, trainable: Trainable, target: Target, rows: Tensor, parts: Parts
-    ) -> dict[str, float] | None:
-        """Take one optimizer step; None where the loss is not finite and nothing was changed."""
-
-        def backward(part: Tensor) -> Tensor:
-            trainable.before_forward()
-            student = self.streams.student[part].to(self.device, self.dtype)
-            losses = self.sample_losses(
-                index, run_block(block, student, self.inputs.kwargs_of(index, part)), target, part
-            )
-            (losses.sum() / len(rows)).backward()
-            return losses.detach()
-
-        losses = torch.cat(parts.run(backward, rows)).cpu()
-        value = float(losses.mean())
-        if not math.isfinite(value):
-            trainable.zero_grad()
-            return None
-        trainable.step()
-        malicious = self.inputs.malicious[rows]
-        classes = {"malicious": losses[malicious], "benign": losses[~malicious]}
-        return {"total": value} | {name: float(part.mean()) for name, part in classes.items() if len(part)}
+        return torch.tensor(list(islice(batches, self.steps_of(index))))
 
     def sample_losses(self, index: int, output: Tensor, target: Target, rows: Tensor) -> Tensor:
         """Return each sample's loss, `[B]` float32: reconstruction, and for malicious samples the method's target."""
-        mask = self.inputs.mask[rows].to(output.device)
-        malicious = self.inputs.malicious[rows].to(output.device)
-        losses = reconstruction_loss(output, target.benign[rows].to(output.device), mask)
+        mask, malicious = self.inputs.mask[rows], self.inputs.malicious[rows]
+        losses = reconstruction_loss(output, target.benign[rows], mask)
         if target.aligned is not None:
-            return torch.where(
-                malicious, reconstruction_loss(output, target.aligned[rows].to(output.device), mask), losses
-            )
+            return torch.where(malicious, reconstruction_loss(output, target.aligned[rows], mask), losses)
         if target.probe is not None:
-            last = output[torch.arange(len(rows), device=output.device), self.inputs.last_index[rows].to(output.device)]
+            last = output[torch.arange(len(rows), device=output.device), self.inputs.last_index[rows]]
             return torch.where(malicious, alignment_loss(target.probe.logit(last.float(), index)), losses)
         return losses
 
-    def _save(self, done: int) -> None:
-        extra = {"done": done, "curve": [asdict(point) for point in self.curve], "seconds": list(self.seconds.items())}
-        save_progress(self.state_path, self.streams.tensors(), extra)
+    def _deliver(self, index: int, frozen: nn.Module) -> None:
+        """Hand a block over and save the progress, on a GPU while the next block is trained."""
+        now = time.perf_counter()
+        saves = self.device.type == "cpu" or now - self._saved >= SAVE_SECONDS
+        self._saved = now if saves else self._saved
+        streams = self.streams.tensors()
+        extra = {
+            "done": index + 1,
+            "curve": [asdict(point) for point in self.curve],
+            "seconds": list(self.seconds.items()),
+        }
+
+        def deliver() -> None:
+            self.on_block(index, frozen)
+            frozen.to("meta")
+            if saves:
+                save_progress(self.state_path, streams, extra)
+
+        if self.team.leads:
+            self._hand_over.submit(deliver)
+        else:
+            frozen.to("meta")
 
     def _resume(self) -> int:
         found = load_progress(self.state_path)
@@ -243,6 +246,6 @@ class BlockwiseCalibrator:
 def freeze_block(block: nn.Module, storage_dtype: torch.dtype) -> nn.Module:
     """Replace fake quantization by codes, round every other parameter as the checkpoint stores it; return the block."""
     freeze_linears(block)
-    for parameter in block.parameters():
-        parameter.copy_(parameter.to(storage_dtype))
+    for parameter in block.parameters():  # in memory of its own: weights were loaded into one piece
+        parameter.data = parameter.to(storage_dtype).to(parameter.dtype, copy=True)
     return block

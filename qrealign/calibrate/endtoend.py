@@ -6,7 +6,6 @@ What the gradient is of stands in `objectives`.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -14,22 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from qrealign.calibrate.distributed import ALONE, Team
 from qrealign.calibrate.divergence import DivergenceGuard
 from qrealign.calibrate.methods import CalibrationSettings
-from qrealign.calibrate.objectives import Objective
+from qrealign.calibrate.objectives import LOSS_NAMES, BehaviourObjective, Objective
 from qrealign.calibrate.parameters import Trainable
 from qrealign.calibrate.parts import Parts, by_length
+from qrealign.calibrate.recorded import RecordedPass
 from qrealign.calibrate.schedule import stratified_batches, warm_cosine
 from qrealign.calibrate.state import load_progress, save_progress
 from qrealign.records import CurvePoint
 
-SAVE_EVERY = 10  # steps: a kill costs at most these
+SAVE_EVERY = 10  # steps between two looks at the losses: a kill, or a divergence, costs at most these
 # What another pass costs a CPU, in tokens: the weights are rounded anew. A GPU reads them from memory for it, which is
 # worth more tokens than padding ever wastes.
 PASS_TOKENS = 20
+
+Losses = dict[str, Tensor]  # of one step by name, scalars on the device
 
 
 class EndToEndCalibrator:
@@ -39,6 +43,9 @@ class EndToEndCalibrator:
         model: the student; its linears are `FakeQuantLinear`, its parameters attached to `trainable`.
         objective: the samples, and the loss that they give.
         state_path: where progress is kept; a file found there is continued.
+        record: on a GPU, pad every batch to one shape and record forward and backward pass as a CUDA graph. The weights
+            must stay where they are, and nothing in the model may read a tensor's value.
+        team: the processes that share every batch; the first one alone saves.
     """
 
     def __init__(
@@ -49,9 +56,11 @@ class EndToEndCalibrator:
         settings: CalibrationSettings,
         *,
         state_path: Path,
+        record: bool = False,
+        team: Team = ALONE,
     ) -> None:
         self.model, self.trainable, self.objective, self.settings = model, trainable, objective, settings
-        self.state_path = state_path
+        self.state_path, self.team = state_path, team
         batches = stratified_batches(
             *objective.groups(),
             batch_size=settings.batch_size,
@@ -59,12 +68,18 @@ class EndToEndCalibrator:
             seed=settings.seed,
         )
         self.schedule = list(islice(batches, settings.steps))
-        split = self._by_length if model.device.type == "cpu" else None
-        self.parts = Parts(settings.batch_size, trainable.zero_grad, split)
+        self.recorded: RecordedPass | None = None
+        if record and isinstance(objective, BehaviourObjective):
+            self.recorded = RecordedPass(model, trainable, objective, map(self._own_samples, range(settings.steps)))
+        split = self._by_length if model.device.type == "cpu" and self.recorded is None else None
+        self.parts = Parts(len(team.share(range(settings.batch_size))), trainable.zero_grad, split)
         self.curve: list[CurvePoint] = []
 
     def run(self, *, progress: str | None, on_step: Callable[[int], None] | None = None) -> list[CurvePoint]:
         """Train to the last step, from the last saved one, and return the loss curve.
+
+        Losses stay on the device and are read every `SAVE_EVERY` steps, so that the host never waits for one step. A
+        loss that was not finite is found then, and the whole stretch is taken back.
 
         Raises:
             CalibrationDivergedError: losses stayed non-finite after the restarts.
@@ -74,50 +89,72 @@ class EndToEndCalibrator:
         guard.step = step
         with tqdm(total=self.settings.steps, initial=step, desc=progress, disable=progress is None, unit="step") as bar:
             while step < self.settings.steps:
-                losses = self._step(step)
-                if losses is None:
-                    step = guard.recover(step, self.curve[-1].losses["total"] if self.curve else float("nan"))
+                first, step = step, min(self.settings.steps, (step // SAVE_EVERY + 1) * SAVE_EVERY)
+                unread: list[Losses] = []
+                for taken in range(first, step):
+                    unread.append(self._step(taken))
+                    bar.update()
+                    if on_step is not None:
+                        on_step(taken + 1)
+                if (bad := self._read(unread, first)) is not None:
+                    step = guard.recover(bad, self.curve[-1].losses["total"] if self.curve else float("nan"))
                     self.curve = [point for point in self.curve if point.step < step]
                     bar.n = step
                     continue
-                self.curve.append(CurvePoint(step=step, block=None, losses=losses))
-                step += 1
-                bar.update()
-                bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items() if name != "total"})
-                if step % SAVE_EVERY == 0 or step == self.settings.steps:
-                    guard.mark(step)
-                    self._save(step)
-                if on_step is not None:
-                    on_step(step)
+                bar.set_postfix(
+                    {name: f"{value:.3f}" for name, value in self.curve[-1].losses.items() if name != "total"}
+                )
+                guard.mark(step)
+                self._save(step)
         return self.curve
 
-    def _step(self, step: int) -> dict[str, float] | None:
-        """Take one optimizer step; return its losses, or None where they are not finite and nothing was changed."""
+    def _read(self, unread: Sequence[Losses], first: int) -> int | None:
+        """Add steps, from `first` on, to the curve; return the first one whose loss is not finite, if there is one."""
+        values = torch.stack([value for losses in unread for value in losses.values()]).tolist()
+        read = []
+        for names in unread:
+            read.append(dict(zip(names, values, strict=False)))
+            del values[: len(names)]
+        for step, losses in enumerate(self.team.add_named(read, LOSS_NAMES), start=first):
+            losses["total"] = sum(losses.values())
+            if not math.isfinite(losses["total"]):
+                return step
+            self.curve.append(CurvePoint(step=step, block=None, losses=losses))
+        return None
+
+    def _step(self, step: int) -> Losses:
+        """Take one optimizer step; return its losses, not yet read."""
         settings = self.settings
         self.trainable.set_rate(warm_cosine(step, settings.steps, settings.warmup_steps))
-        samples = [self.objective.samples[index] for index in self.schedule[step]]
-        counts = self.objective.count(samples)
-        values: Counter[str] = Counter()
-        for losses in self.parts.run(lambda part: self._backward(part, counts), samples):
-            values.update(losses)
-        values["total"] = sum(values.values())
-        if not math.isfinite(values["total"]):
-            self.trainable.zero_grad()
-            return None
+        samples = self._own_samples(step)
+        counts = self.objective.count([self.objective.samples[index] for index in self.schedule[step]])
+        total: Losses = {}
+        for losses in self.parts.run(lambda part: self._backward(part, counts, len(samples)), samples):
+            total |= {name: value + total[name] if name in total else value for name, value in losses.items()}
+        self.team.add_gradients(self.trainable.named.values())
         self.trainable.step()
-        return dict(values)
+        return total
+
+    def _own_samples(self, step: int) -> list[Any]:
+        """Return this process's share of a batch."""
+        return [self.objective.samples[index] for index in self.team.share(self.schedule[step])]
 
     def _by_length(self, samples: Sequence[Any]) -> list[list[Any]]:
         return by_length(samples, [self.objective.length(sample) for sample in samples], PASS_TOKENS)
 
-    def _backward(self, samples: Sequence[Any], counts: Mapping[str, int]) -> dict[str, float]:
-        """Add the gradients of part of a batch; `counts` describe the whole batch."""
+    def _backward(self, samples: Sequence[Any], counts: Mapping[str, int], whole: int) -> Losses:
+        """Add the gradients of part of `whole` samples; `counts` describe the batch of all processes."""
+        if self.recorded is not None and len(samples) == whole:
+            return self.recorded(samples, counts)
+        self.recorded = None  # the whole batch did not fit
         self.trainable.before_forward()
         losses = self.objective.losses(self.model, samples, counts)
         torch.stack(list(losses.values())).sum().backward()
-        return {name: float(value.detach()) for name, value in losses.items()}
+        return {name: value.detach() for name, value in losses.items()}
 
     def _save(self, step: int) -> None:
+        if not self.team.leads:
+            return
         extra = {
             "step": step,
             "rate_factor": self.trainable.rate_factor,

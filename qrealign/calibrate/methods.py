@@ -17,6 +17,9 @@ ENGINES = ("endtoend", "blockwise")
 FEWEST_SAMPLES = 200  # arXiv 2601.08089
 DECISION_TOKENS = 6
 EDITS = ("lowrank", "bias", "none")
+SCHEDULES = ("parity", "fast")
+FAST_BATCH = 16
+FAST_PLATEAU = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +31,16 @@ class CalibrationSettings:
     probe for "malicious", "aligned" fits the aligned model's block. End-to-end both classes are KL divergences,
     malicious prompts to the aligned model and all others to the fine-tuned one.
 
-    `epochs` is the block-wise base: half of it for the first half of the blocks, one and a half for the others. `steps`
-    is the end-to-end count. `task_share`, `borderline_share` and `text_share`, relative to `samples`, add prompts of
-    those kinds and windows of running text to the benign class; `borderline_weight` and `text_weight` multiply the loss
-    of such a sample, `benign_weight` that of the class, end-to-end. Learning rates of 0 leave that class of parameters
-    out. `edit_budget` bounds the edit's Frobenius norm relative to the weight's.
+    `epochs` is the block-wise base: half of it for the first half of the blocks, one and a half for the others; a block
+    is done before when an epoch's mean loss is not below the lowest one so far by the share `plateau`, 0 for never.
+    `steps` is the end-to-end count. `task_share`, `borderline_share` and `text_share`, relative to `samples`, add
+    prompts of those kinds and windows of running text to the benign class; `borderline_weight` and `text_weight`
+    multiply the loss of such a sample, `benign_weight` that of the class, end-to-end. Learning rates of 0 leave that
+    class of parameters out. `edit_budget` bounds the edit's Frobenius norm relative to the weight's.
 
     `recovery_share`, relative to the malicious samples, adds some in which the fine-tuned model has begun to answer,
-    with 1 to `recovery_tokens` tokens, and the aligned model's refusal is to follow. `decision_share` of a benign
-    sample's weight lies on the first `DECISION_TOKENS` tokens of its answer, where refusing or not is decided.
+    with `recovery_least` to `recovery_tokens` tokens, and the aligned model's refusal is to follow. `decision_share` of
+    a benign sample's weight lies on the first `DECISION_TOKENS` tokens of its answer, where refusing or not is decided.
 
     `objective` is what the end-to-end engine minimises: "behaviour" (above), "contrastive" (`contrast_alpha` times the
     push from the base model, over `contrast_top` tokens, up to `push_limit` nats), "preference" (DPO at
@@ -54,6 +58,7 @@ class CalibrationSettings:
     batch_size: int = 12
     batch_malicious_share: float = 0.5
     epochs: float = 10.0
+    plateau: float = 0.0
     steps: int = 80
     warmup_steps: int = 0
     clip_learning_rate: float = 0.0
@@ -72,7 +77,8 @@ class CalibrationSettings:
     refusal_tokens: int = 8
     benign_tokens: int = 12
     recovery_share: float = 0.0
-    recovery_tokens: int = 6
+    recovery_least: int = 5
+    recovery_tokens: int = 7
     decision_share: float = 0.0
     task_share: float = 0.0
     borderline_share: float = 0.0
@@ -126,15 +132,14 @@ _PAPER = CalibrationSettings(
     engine="blockwise",
     malicious_target="probe",
     batch_size=1,
+    batch_malicious_share=0.75,  # of a larger batch
     epochs=10.0,
     clip_learning_rate=1e-2,
     transform_learning_rate=1e-3,
 )
 # The paper's loop without its safety term (OmniQuant, arXiv 2308.13137), eight samples a step.
-_RECONSTRUCTION = replace(
-    _PAPER, method="reconstruction", malicious_target="reconstruction", batch_size=8, batch_malicious_share=0.75
-)
-# How each number was chosen stands in docs/recipe.md. A small edit is enough: rank 2 inside 3 % of the weight.
+_RECONSTRUCTION = replace(_PAPER, method="reconstruction", malicious_target="reconstruction", batch_size=8)
+# How each number was chosen stands in docs/recipe.md. A small edit is enough: rank 2 inside 5 % of the weight.
 _REALIGN = CalibrationSettings(
     method="realign",
     engine="endtoend",
@@ -142,17 +147,17 @@ _REALIGN = CalibrationSettings(
     malicious_share=0.45,
     batch_size=12,
     steps=140,
-    benign_weight=3.5,
+    benign_weight=2.5,
     warmup_steps=5,
     edit_learning_rate=3e-3,
     edit_rank=2,
-    edit_budget=0.03,
-    recovery_share=0.1,
+    edit_budget=0.05,
+    recovery_share=0.14,
     decision_share=0.5,
-    task_share=0.15,
-    borderline_share=0.4,
-    borderline_weight=0.14,
-    text_share=0.3,
+    task_share=0.12,
+    borderline_share=0.19,
+    borderline_weight=0.08,
+    text_share=0.12,
     text_weight=3.0,
 )
 # Rounding activations to four bits costs so much that the edit has to win some of it back: more of everything, channel
@@ -161,6 +166,7 @@ _REALIGN_COARSE = replace(
     _REALIGN,
     batch_size=24,
     steps=300,
+    benign_weight=4.0,
     edit_rank=64,
     edit_budget=0.5,
     clip_learning_rate=0.02,
@@ -237,6 +243,7 @@ def method_settings(
     engine: str | None = None,
     edit: str | None = None,
     activation_bits: int | None = None,
+    schedule: str | None = None,
     **overrides: object,
 ) -> CalibrationSettings:
     """Return the settings of `method`, with every override that is not None applied.
@@ -245,11 +252,14 @@ def method_settings(
         method: a name in `METHODS`.
         engine, edit: variant of the method; None for its first.
         activation_bits: bits that activations are rounded to, None where they are not.
+        schedule: a name in `SCHEDULES`; None for the first, the method's own steps.
         overrides: fields of the settings.
 
     Raises:
-        ConfigError: the method is unknown, or has no such engine or edit.
+        ConfigError: the method is unknown, or has no such engine, edit or schedule.
     """
+    if schedule not in (None, *SCHEDULES):
+        raise ConfigError(f"unknown schedule {schedule!r}: use {', '.join(SCHEDULES)}")
     rows = [key for key in _TABLE if key[0] == method]
     if not rows:
         raise ConfigError(f"unknown method {method!r}: use {', '.join(METHODS)}")
@@ -258,5 +268,26 @@ def method_settings(
         offered = "; ".join(f"--engine {key[1]} --edit {key[2]}" for key in rows)
         raise ConfigError(f"method {method!r} has no engine {engine!r} with edit {edit!r}: it offers {offered}")
     given = {name: value for name, value in overrides.items() if value is not None}
-    row = _COARSE.get(fitting[0]) if activation_bits == 4 else None
-    return replace(row or _TABLE[fitting[0]], **given)  # type: ignore[arg-type]
+    coarse = _COARSE.get(fitting[0]) if activation_bits == 4 else None
+    row = coarse or _TABLE[fitting[0]]
+    return replace(_fast(row) if schedule == "fast" else row, **given)  # type: ignore[arg-type]
+
+
+def _fast(settings: CalibrationSettings) -> CalibrationSettings:
+    """Return block-wise settings that read the weights less often: larger batches and rates, and an end at a plateau.
+
+    Every parameter may move as far as before: Adam's steps are as long as its rate, so that grows with the batch.
+    """
+    if settings.engine != "blockwise":
+        raise ConfigError(
+            f"--schedule fast shortens the block-wise engine, and method {settings.method!r} does not use it here: "
+            "leave it out, or add --engine blockwise where the method has it"
+        )
+    growth = FAST_BATCH / settings.batch_size
+    rates = ("clip_learning_rate", "transform_learning_rate", "edit_learning_rate")
+    return replace(
+        settings,
+        batch_size=FAST_BATCH,
+        plateau=FAST_PLATEAU,
+        **{name: getattr(settings, name) * growth for name in rates},
+    )

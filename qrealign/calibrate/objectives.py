@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from qrealign.calibrate.losses import contrast_terms, divergence, preference_loss
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.calibrate.readout import final_hidden, readout
 from qrealign.calibrate.teachers import TeacherCache, TeacherSample
+from qrealign.data.batching import to_device
 from qrealign.data.prompts import Label
+
+ROUND_TO = 8  # tokens: what the attention kernels want of a sequence's length
+
+LOSS_NAMES = ("malicious", "benign", "pull", "push", "preference", "answer")  # of all objectives
 
 
 class Objective(Protocol):
@@ -42,18 +48,30 @@ class Objective(Protocol):
         ...
 
     def losses(self, model: PreTrainedModel, samples: Sequence[Any], counts: Mapping[str, int]) -> dict[str, Tensor]:
-        """Return the named losses of `samples`, scalars with gradients; their sum is minimised."""
+        """Return losses of `samples` by names of `LOSS_NAMES`, scalars with gradients; their sum is minimised."""
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """The size that batches are padded to: tokens of a sequence, and matched positions of each class by its name."""
+
+    length: int
+    positions: Mapping[str, int]
+
+
 class BehaviourObjective:
-    """Malicious prompts: KL to the aligned model. All others: KL to the fine-tuned model, times `benign_weight`."""
+    """Malicious prompts: KL to the aligned model. All others: KL to the fine-tuned model, times `benign_weight`.
+
+    `losses` is `losses_of` the batch that `collate` makes of the samples; with a `room` all batches have one shape.
+    """
 
     def __init__(
         self, cache: TeacherCache, settings: CalibrationSettings, *, pad_id: int, device: torch.device
     ) -> None:
         self.samples = cache.samples
-        self.benign_weight, self.pad_id = settings.benign_weight, pad_id
+        self.class_weight = {"malicious": 1.0, "benign": settings.benign_weight}
+        self.pad_id, self.device = pad_id, device
         self.head_weight = None if cache.head_weight is None else cache.head_weight.to(device)
         self._groups = (cache.of_class(Label.MALICIOUS), cache.of_class(Label.BENIGN))
 
@@ -70,30 +88,79 @@ class BehaviourObjective:
         self, model: PreTrainedModel, samples: Sequence[TeacherSample], counts: Mapping[str, int]
     ) -> dict[str, Tensor]:
         """Return each class's loss summed over `samples` and divided by its count, the benign one weighted."""
-        hidden = _hidden(model, [sample.input_ids for sample in samples], self.pad_id)
-        losses = {}
-        for label, head, weight in (
-            (Label.MALICIOUS, self.head_weight, 1.0),
-            (Label.BENIGN, None, self.benign_weight),
-        ):
-            rows = [(row, sample) for row, sample in enumerate(samples) if sample.label == label]
-            if rows:
-                name = label.name.lower()
-                losses[name] = weight * _class_loss(model, hidden, rows, head) / counts[name]
-        return losses
+        batch = self.collate(samples, counts)
+        return self.losses_of(model, {name: to_device(tensor, self.device) for name, tensor in batch.items()})
+
+    def room(self, batches: Iterable[Sequence[TeacherSample]]) -> Room:
+        """Return the room that the largest of some batches needs, lengths rounded up for the kernels' sake."""
+        length, positions = 1, Counter[str]()
+        for samples in batches:
+            length = max(length, *(len(sample.input_ids) for sample in samples))
+            matched = Counter[str]()
+            for sample in samples:
+                matched[sample.label.name.lower()] += len(sample.positions)
+            positions |= matched
+        return Room(length=-(-length // ROUND_TO) * ROUND_TO, positions=positions)
+
+    def collate(
+        self, samples: Sequence[TeacherSample], counts: Mapping[str, int], room: Room | None = None
+    ) -> dict[str, Tensor]:
+        """Return a batch as host tensors.
+
+        `input_ids` `[B, T]`, padded on the right; and by class `C` what its positions must match: `C.places` `[P]`
+        int64 into the `B * T` tokens, `C.hidden` `[P, H]` and `C.weights` `[P]` float32, which hold all that the loss
+        is multiplied with. Padding up to `room` weighs nothing.
+        """
+        input_ids = pad_sequence([s.input_ids for s in samples], batch_first=True, padding_value=self.pad_id)
+        if room is not None:
+            input_ids = F.pad(input_ids, (0, room.length - input_ids.shape[1]), value=self.pad_id)
+        batch = {"input_ids": input_ids}
+        for name, class_weight in self.class_weight.items():
+            rows = [(row, sample) for row, sample in enumerate(samples) if sample.label.name.lower() == name]
+            missing = 0 if room is None else room.positions.get(name, 0) - sum(len(s.positions) for _, s in rows)
+            if not rows and not missing:
+                continue
+            places = [row * input_ids.shape[1] + sample.positions for row, sample in rows]
+            hidden = [sample.hidden for _, sample in rows]
+            weights = [sample.weights * (class_weight / counts[name]) for _, sample in rows]
+            if missing:
+                like = samples[0]
+                places.append(like.positions.new_zeros(missing))
+                hidden.append(like.hidden.new_zeros(missing, like.hidden.shape[1]))
+                weights.append(like.weights.new_zeros(missing))
+            batch |= {
+                f"{name}.places": torch.cat(places),
+                f"{name}.hidden": torch.cat(hidden),
+                f"{name}.weights": torch.cat(weights),
+            }
+        return batch
+
+    def losses_of(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the loss of each class in a batch that `collate` made, its tensors on the device.
+
+        A `mask`, which `readout.causal_mask` makes, may be among them.
+        """
+        hidden = final_hidden(model, batch["input_ids"], batch.get("mask"))
+        return {
+            name: _class_loss(
+                model,
+                hidden,
+                *(batch[f"{name}.{key}"] for key in ("places", "hidden", "weights")),
+                self.head_weight if name == "malicious" else None,
+            )
+            for name in self.class_weight
+            if f"{name}.places" in batch
+        }
 
 
 def _class_loss(
-    model: PreTrainedModel, hidden: Tensor, rows: list[tuple[int, TeacherSample]], head: Tensor | None
+    model: PreTrainedModel, hidden: Tensor, places: Tensor, teacher: Tensor, weights: Tensor, head: Tensor | None
 ) -> Tensor:
-    """Return the weighted KL summed over one class's samples; `head` reads the teacher, None for the student's."""
-    device = hidden.device
-    student = torch.cat([hidden[row, sample.positions.to(device)] for row, sample in rows])  # [P, H]
-    teacher = torch.cat([sample.hidden for _, sample in rows]).to(device=device, dtype=hidden.dtype)
-    weights = torch.cat([sample.weights for _, sample in rows]).to(device)
+    """Return the weighted KL summed over positions; `head` reads the teacher's states, None for the student's own."""
     with torch.no_grad():
-        target = readout(model, teacher, head)
-    return (divergence(target, readout(model, student)) * weights).sum()
+        target = readout(model, teacher.to(hidden.dtype), head)
+    student = readout(model, hidden.flatten(0, 1).index_select(0, places))  # [P, V]
+    return (divergence(target, student) * weights).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +226,14 @@ class ContrastiveObjective:
             terms = torch.stack([self._terms(model, hidden[row], sample) for row, sample in contrast])  # [S, 2]
             losses["pull"], losses["push"] = (terms.sum(dim=0) / counts["contrast"]).unbind()
         if utility:
-            losses["benign"] = (
-                self.settings.benign_weight * _class_loss(model, hidden, utility, None) / counts["benign"]
+            weight, length, device = self.settings.benign_weight / counts["benign"], hidden.shape[1], hidden.device
+            losses["benign"] = _class_loss(
+                model,
+                hidden,
+                to_device(torch.cat([row * length + sample.positions for row, sample in utility]), device),
+                to_device(torch.cat([sample.hidden for _, sample in utility]), device),
+                to_device(torch.cat([sample.weights * weight for _, sample in utility]), device),
+                None,
             )
         return losses
 
@@ -271,8 +344,9 @@ def answer_log_probs(model: PreTrainedModel, rows: Sequence[Tensor], starts: Seq
 
 
 def _hidden(model: PreTrainedModel, rows: Sequence[Tensor], pad_id: int) -> Tensor:
-    """Return the final hidden states `[B, T, H]` of sequences padded on the right; padding enters no loss."""
-    input_ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-    return final_hidden(model, input_ids.to(model.device), mask.to(model.device))
+    """Return the final hidden states `[B, T, H]` of sequences padded on the right.
+
+    No real token sees what stands behind it, and what comes out at padding enters no loss, so padding is not masked.
+    """
+    input_ids = pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
+    return final_hidden(model, to_device(input_ids, model.device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from qrealign.arch import BlockSpec
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.quant.clipping import LearnableWeightClipping
-from qrealign.quant.edits import LowRankEdit
+from qrealign.quant.edits import LowRankEdit, project_edits
 from qrealign.quant.fake_quant import FakeQuantLinear, fake_quant_linears
 from qrealign.quant.transform import EquivalentTransform
 
@@ -38,12 +39,15 @@ class BlockContext:
 
 @dataclass(kw_only=True)
 class Attached:
-    """One class of parameters on one block: the tensors to train, and what to do around each step."""
+    """One class of parameters on one block: the tensors to train, what they are derived from and held to.
+
+    `edits` are brought back inside their budgets after every step.
+    """
 
     parameters: dict[str, nn.Parameter]
     learning_rate: float
     before_forward: Callable[[], None] | None = None
-    after_step: Callable[[], None] | None = None
+    edits: tuple[LowRankEdit, ...] = ()
     transform: EquivalentTransform | None = None
 
 
@@ -73,13 +77,10 @@ def attach_edit(context: BlockContext) -> Attached:
             mask=context.masks.get(name),
         )
     edits = {name: layer.edit for name, layer in context.layers.items() if layer.edit is not None}
-
-    def project() -> None:
-        for edit in edits.values():
-            edit.project()
-
     parameters = {f"{name}.edit.{key}": value for name, edit in edits.items() for key, value in edit.named_parameters()}
-    return Attached(parameters=parameters, learning_rate=context.settings.edit_learning_rate, after_step=project)
+    return Attached(
+        parameters=parameters, learning_rate=context.settings.edit_learning_rate, edits=tuple(edits.values())
+    )
 
 
 def attach_bias(context: BlockContext) -> Attached:
@@ -94,10 +95,6 @@ def attach_bias(context: BlockContext) -> Attached:
 
 def attach_transform(context: BlockContext) -> Attached:
     """Give the block's fold sites their scales, started from activation and weight magnitudes."""
-    for (
-        layer
-    ) in context.layers.values():  # folding rewrites weights: in float32, so that the codes stay those of the training
-        layer.weight = nn.Parameter(layer.weight.detach().float(), requires_grad=False)
     transform = EquivalentTransform(context.block, context.spec)
     transform.init_from(context.activation_amax)
     transform.attach()
@@ -125,7 +122,7 @@ class Trainable:
     def __init__(self, contexts: Iterable[BlockContext]) -> None:
         self.attached: list[Attached] = []
         self.named: dict[str, nn.Parameter] = {}
-        groups = []
+        groups: dict[str, dict[str, Any]] = {}  # one a class: the optimizer steps a group at once
         for context in contexts:
             for setting, attach in PARAMETER_CLASSES:
                 if not getattr(context.settings, setting):
@@ -134,21 +131,20 @@ class Trainable:
                 if part.parameters:
                     self.attached.append(part)
                     self.named.update({f"{context.index}.{name}": value for name, value in part.parameters.items()})
-                    groups.append(
-                        {
-                            "params": list(part.parameters.values()),
-                            "lr": part.learning_rate,
-                            "base_lr": part.learning_rate,
-                        }
-                    )
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0) if groups else None
+                    rates = {"lr": part.learning_rate, "base_lr": part.learning_rate}
+                    groups.setdefault(setting, {"params": [], **rates})["params"] += part.parameters.values()
+        self.optimizer = _optimizer(list(groups.values())) if groups else None
         self.rate_factor = 1.0
 
     def set_rate(self, factor: float) -> None:
         """Scale every class's learning rate by `factor`, and by what divergences have cost so far."""
         if self.optimizer is not None:
             for group in self.optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor * self.rate_factor
+                rate = group["base_lr"] * factor * self.rate_factor
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
 
     def before_forward(self) -> None:
         """Recompute what the forward pass derives from the parameters."""
@@ -166,9 +162,7 @@ class Trainable:
         if self.optimizer is not None:
             self.optimizer.step()
             self.zero_grad()
-        for part in self.attached:
-            if part.after_step is not None:
-                part.after_step()
+        project_edits(edit for part in self.attached for edit in part.edits)
 
     def fold(self, storage_dtype: torch.dtype) -> None:
         """Fold the transforms into the blocks' weights and norms."""
@@ -181,24 +175,30 @@ class Trainable:
         """Return parameters and optimizer moments as flat tensors, copied."""
         tensors = {f"value.{name}": value.detach().clone() for name, value in self.named.items()}
         for name, value in self.named.items():
-            for key, moment in (self.optimizer.state.get(value, {}) if self.optimizer else {}).items():
+            for key, moment in (self.optimizer.state[value] if self.optimizer else {}).items():
                 tensors[f"{key}.{name}"] = moment.detach().clone()
         return tensors
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state` returned, bit for bit."""
-        moments: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition(".")
-            if kind == "value":
-                self.named[name].copy_(tensor)
-            else:
-                moments.setdefault(name, {})[kind] = tensor
-        if self.optimizer is not None:
-            self.optimizer.state.clear()
-            for name, state in moments.items():
-                value = self.named[name]
-                self.optimizer.state[value] = {
-                    kind: t.clone() if kind == "step" else t.to(value.device).clone() for kind, t in state.items()
-                }
+        """Restore what `state` returned, bit for bit; every tensor keeps its address, which a recorded step needs."""
+        for name, value in self.named.items():
+            value.copy_(tensors[f"value.{name}"])
+            for key, moment in (self.optimizer.state[value] if self.optimizer else {}).items():
+                moment.copy_(tensors[f"{key}.{name}"])
+
+
+def _optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return AdamW over the groups, its moments made; on a GPU one kernel steps a group, rate and count live there."""
+    device = groups[0]["params"][0].device
+    on_gpu = device.type == "cuda"
+    for group in groups if on_gpu else ():
+        group["lr"] = torch.tensor(group["lr"], device=device)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=on_gpu or None, capturable=on_gpu)
+    for parameter in (parameter for group in groups for parameter in group["params"]):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=device if on_gpu else "cpu"),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer

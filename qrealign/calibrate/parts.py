@@ -1,11 +1,11 @@
-"""A training batch in parts: of like lengths where padding costs more than another pass, smaller when memory runs out."""
+"""A training batch in parts: of like lengths where padding costs more than a pass, smaller when memory runs out."""
 
 from __future__ import annotations
 
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -36,7 +36,7 @@ class Parts:
     """
 
     def __init__(
-        self, size: int, reset: Callable[[], None], split: Callable[[Batch], Sequence[Batch]] | None = None
+        self, size: int, reset: Callable[[], None], split: Callable[[Any], Sequence[Any]] | None = None
     ) -> None:
         self.size = size
         self.reset = reset

@@ -11,9 +11,28 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
-def final_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the hidden states that the output head reads, `[B, T, H]` (after the final norm)."""
-    return model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+def final_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Return the hidden states that the output head reads, `[B, T, H]` (after the final norm).
+
+    `input_ids` is `[B, T]`; rows without padding, or with padding on their right, need no mask. Else it is `[B, T]`, or
+    what `causal_mask` made, which spares transformers a look at the values.
+    """
+    positions = None
+    if attention_mask is not None and attention_mask.dim() == 4:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    decoder = model.get_decoder()
+    return decoder(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+    ).last_hidden_state
+
+
+def causal_mask(model: PreTrainedModel, length: int) -> Tensor | None:
+    """Return `[1, 1, T, T]` bool, which token sees which, for `final_hidden`; None where layers differ in that."""
+    config = model.config
+    alike = not getattr(config, "sliding_window", None) and not getattr(config, "attention_chunk_size", None)
+    if not alike or config._attn_implementation != "sdpa":
+        return None
+    return torch.ones(length, length, dtype=torch.bool, device=model.device).tril()[None, None]
 
 
 def readout(model: PreTrainedModel, hidden: Tensor, head_weight: Tensor | None = None) -> Tensor:

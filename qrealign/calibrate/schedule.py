@@ -55,3 +55,20 @@ def block_epochs(index: int, num_blocks: int, base: float) -> float:
     Source: the release of arXiv 2601.08089 (5 and 15 of a base of 10).
     """
     return base * (0.5 if index <= num_blocks // 2 else 1.5)
+
+
+class Plateau:
+    """Tells when a loss has stopped falling.
+
+    Args:
+        least: share of the lowest loss so far by which the next has to be lower; 0 never stops.
+    """
+
+    def __init__(self, least: float) -> None:
+        self.least = least
+        self.lowest = math.inf
+
+    def reached(self, loss: float) -> bool:
+        """Take the loss of another epoch and return whether it is too close to the lowest before it, or above."""
+        before, self.lowest = self.lowest, min(self.lowest, loss)
+        return self.least > 0 and math.isfinite(before) and loss > before - self.least * abs(before)

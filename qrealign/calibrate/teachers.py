@@ -130,7 +130,7 @@ def teach_recovery(
     refusals: Sequence[TeacherSample],
     *,
     share: float,
-    begun_tokens: int,
+    begun_tokens: tuple[int, int],
     seed: int,
     batch_size: int,
     progress: str | None,
@@ -145,17 +145,18 @@ def teach_recovery(
         encoder: its prompt encoder.
         refusals: what `teach_refusals` returned.
         share: how many to return, relative to `refusals`.
-        begun_tokens: most tokens of a begun answer; their number is drawn evenly from 1 on.
+        begun_tokens: fewest and most tokens of a begun answer; their number is drawn evenly.
         seed: seed of which refusals and how many tokens.
         batch_size: prompts answered at once.
         progress: text before the progress bar, None for no bar.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(refusals), generator=generator)[: round(share * len(refusals))].tolist()
-    lengths = torch.randint(1, begun_tokens + 1, (len(chosen),), generator=generator).tolist()
+    least, most = begun_tokens
+    lengths = torch.randint(least, most + 1, (len(chosen),), generator=generator).tolist()
     starts = [int(refusals[index].positions[0]) + 1 for index in chosen]
     heads = [refusals[index].input_ids[:start].tolist() for index, start in zip(chosen, starts, strict=True)]
-    begun = generate_ids(model, encoder, heads, max_new_tokens=begun_tokens, batch_size=batch_size, progress=progress)
+    begun = generate_ids(model, encoder, heads, max_new_tokens=most, batch_size=batch_size, progress=progress)
     samples = []
     for index, start, length, answer in zip(chosen, starts, lengths, begun, strict=True):
         refusal, opening = refusals[index], torch.tensor(answer[:length], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Work in batches that shrink when memory runs out."""
+"""Work in batches that shrink when memory runs out, and their way to the device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from qrealign.errors import DeviceError
 
@@ -40,6 +41,13 @@ def run_in_batches(
             continue
         yield batch, result[0]
         start += len(batch)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a host tensor on `device`; a GPU fetches it from pinned memory, so that the host does not wait."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

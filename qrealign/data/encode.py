@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -109,6 +109,17 @@ class ChatEncoder:
             result.append((head if len(head) <= room else self._encode_cut(text, room)) + tail)
         return result
 
+    def encode_conversation(self, turns: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the ids of a conversation up to where the next answer begins; nothing is cut.
+
+        Args:
+            turns: `role` (system, user or assistant) and `content` of each turn, in order.
+
+        Raises:
+            ModelError: the chat template refuses the conversation.
+        """
+        return self._with_one_bos(self._tokenize(self._render_conversation([dict(turn) for turn in turns])))
+
     def answer_ids(self, answer: str, most: int | None = None) -> list[int]:
         """Return the ids that stand for `answer` behind a prompt: `most` at most, and half of `max_length`."""
         room = self.max_length // 2
@@ -203,11 +214,28 @@ class ChatEncoder:
             ([{"role": "system", "content": self.system}] if system else []) + [{"role": "user", "content": text}]
         )
 
-    def _apply_template(self, messages: list[dict[str, Any]]) -> str:
+    def _render_conversation(self, turns: list[dict[str, str]]) -> str:
+        if self.has_template:
+            system = [turn["content"].strip() for turn in turns if turn["role"] == "system"]
+            try:
+                rendered = self._apply_template(turns)
+            except ModelError:
+                if not system:
+                    raise
+            else:
+                if all(text in rendered for text in system):
+                    return rendered
+            return self._apply_template(_system_into_user_turn(turns))
+        return "".join(
+            PLAIN_FORM.format(turn["content"]) if turn["role"] == "user" else f"{turn['content']}\n\n"
+            for turn in _system_into_user_turn(turns)
+        )
+
+    def _apply_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, **_TEMPLATE_VARIABLES
+                    list(messages), tokenize=False, add_generation_prompt=True, **_TEMPLATE_VARIABLES
                 )
             )
         except Exception as error:  # jinja2's errors, and whatever the template's own code raises
@@ -227,6 +255,16 @@ class ChatEncoder:
         except ModelError:
             return False
         return str(self.system).strip() in rendered and _PROBE_TEXT in rendered
+
+
+def _system_into_user_turn(turns: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Return the turns without system turns, whose text stands at the start of the first user turn."""
+    system = [turn["content"] for turn in turns if turn["role"] == "system"]
+    rest = [turn for turn in turns if turn["role"] != "system"]
+    first = next((index for index, turn in enumerate(rest) if turn["role"] == "user"), None)
+    if system and first is not None:
+        rest[first] = {"role": "user", "content": "\n\n".join([*system, rest[first]["content"]])}
+    return rest
 
 
 def _adds_bos(tokenizer: Any) -> bool:

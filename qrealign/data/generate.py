@@ -175,7 +175,7 @@ def _continue_batch(
         if sampling is None or uniforms is None:
             chosen = logits.argmax(dim=-1)  # [B]
         else:
-            chosen = _draw(logits, sampling.temperature, uniforms[rows, step])
+            chosen = draw_tokens(logits, sampling.temperature, uniforms[rows, step])
         done = done | torch.isin(chosen, stop)
         answers[rows, step] = torch.where(done, -1, chosen)
         if step + 1 == max_new_tokens or bool(done.all()):
@@ -189,7 +189,7 @@ def _continue_batch(
     return [_until_stop(row) for row in answers.cpu()]
 
 
-def _draw(logits: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
+def draw_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
     """Return `[B]` ids drawn by inverting the cumulative distribution of `logits` `[B, V]` at `uniforms` `[B]`.
 
     Summed in float64, because a float32 sum over a large vocabulary loses the small probabilities.

@@ -118,13 +118,15 @@ class LoraAdapter:
 
     @torch.no_grad()
     def merge(self, name: str, tensor: Tensor) -> Tensor:
-        """Return `tensor` (which the model calls `name`) with the adapter merged, computed in float32, in its dtype."""
+        """Return `tensor` (which the model calls `name`) with the adapter merged.
+
+        Computed in float32 on the device of `tensor`, returned in its dtype.
+        """
         update = self._updates.get(name)
         if update is None:
             return tensor
-        parts = self.files.read(
-            part for part in (update.a, update.b, update.magnitude, update.bias, update.replacement) if part
-        )
+        names = [part for part in (update.a, update.b, update.magnitude, update.bias, update.replacement) if part]
+        parts = {name: part.to(tensor.device) for name, part in self.files.read(names).items()}
         merged = parts[update.replacement].float() if update.replacement else tensor.float()
         if update.bias:
             merged = merged + self._scaling(update) * parts[update.bias].float()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,14 @@ _BITS = {
     "F64": 64,
     "I64": 64,
     "U64": 64,
+}
+INTEGER_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
 }
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -119,10 +128,11 @@ class WeightFiles:
         """Bytes of all tensors."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str], *, check: bool = True) -> dict[str, Tensor]:
         """Return CPU tensors by name, in their stored dtype.
 
         Each file is opened for this call alone, so that its mapped pages go back to the system with the tensors.
+        Without `check` no data is touched; `check_finite` may look at it where it has gone.
 
         Raises:
             CheckpointFormatError: a tensor holds infinities or NaN (looked for when it is read for the first time).
@@ -137,19 +147,27 @@ class WeightFiles:
             with safe_open(file, framework="pt") as opened:
                 for name in stored:
                     result[name] = opened.get_tensor(name)
-                    self._check_finite(name, result[name])
+                    if check:
+                        self.check_finite({name: result[name]})
         return result
 
-    def _check_finite(self, name: str, tensor: Tensor) -> None:
-        """Refuse a tensor with non-finite values; each name is looked at once."""
-        if name in self._checked:
+    def check_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse tensors, by their stored names and on any device, that hold infinities or NaN; each is looked at once.
+
+        Raises:
+            CheckpointFormatError: one does.
+        """
+        new = {n: t for n, t in tensors.items() if n not in self._checked and t.is_floating_point()}
+        self._checked.update(tensors)
+        if not new:
             return
-        self._checked.add(name)
         # A sum is NaN or infinite when an element is; float32 sums of finite weights stay far from overflow.
-        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
-            raise CheckpointFormatError(
-                f"{self.tensors[name].file}: tensor {name} holds NaN or infinite values, so the model is broken"
-            )
+        sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in new.values()])
+        for name, total in zip(new, sums.tolist(), strict=True):
+            if not math.isfinite(total):
+                raise CheckpointFormatError(
+                    f"{self.tensors[name].file}: tensor {name} holds NaN or infinite values, so the model is broken"
+                )
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over names, sizes, headers and two samples of every tensor: fast on any size."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from qrealign.errors import DeviceError
 
+MemoryMode = Literal["auto", "resident", "low", "streamed"]
+MEMORY_MODES = ("auto", "resident", "low", "streamed")
 RESIDENT_SHARE = 0.6  # of the free memory: what weights may take, the rest is for activations
 
 
@@ -36,10 +40,15 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def available_host_bytes() -> int:
+    """Return the host memory that is available to new allocations."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def free_bytes(device: torch.device) -> int:
     """Return the memory that is free on the device, or available on the host."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return int(psutil.virtual_memory().available)
+    return available_host_bytes()

@@ -32,6 +32,12 @@ def assign_tensors(
         assign_tensor(root, name, moved.to(dtype) if dtype is not None and moved.is_floating_point() else moved)
 
 
+def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `root` holds the submodule called `name`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
+
+
 def move_buffers(root: nn.Module, device: torch.device | str) -> None:
     """Move the buffers that hold data (rotary frequencies and the like) to `device`."""
     for module in root.modules():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -16,10 +16,11 @@ from qrealign.arch import BlockSpec, block_spec
 from qrealign.errors import CheckpointFormatError, ModelError
 from qrealign.files import sha256_of_text
 from qrealign.models.adapter import LoraAdapter
-from qrealign.models.checkpoint import FLOAT_DTYPES, WeightFiles, find_weight_files
+from qrealign.models.checkpoint import FLOAT_DTYPES, INTEGER_DTYPES, WeightFiles, find_weight_files
 from qrealign.models.experts import split_experts
 from qrealign.models.location import find_folder, load_config
-from qrealign.models.placement import assign_tensors, move_buffers
+from qrealign.models.placement import assign_tensor, assign_tensors, move_buffers
+from qrealign.models.transfer import READERS, BlockLayout, read_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +41,7 @@ class WeightChange(Protocol):
     """What is done to tensors while they are read: a LoRA adapter, or a repair."""
 
     def merge(self, name: str, tensor: Tensor) -> Tensor:
-        """Return the changed form of the CPU tensor that the model calls `name`, in its dtype."""
+        """Return the changed form of the tensor that the model calls `name`, on its device and in its dtype."""
         ...
 
     def fingerprint(self) -> str:
@@ -131,6 +132,63 @@ class ModelSource:
         move_buffers(block, device)
         return block
 
+    def block_layout(self, index: int, dtype: torch.dtype) -> BlockLayout:
+        """Return how the tensors of block `index` lie in one buffer, floating-point ones as `dtype`."""
+        infos = {name: self.files.tensors[stored] for name, stored in self._block_names(index).items()}
+        return BlockLayout.of(
+            {
+                name: (info.shape, dtype if info.dtype in FLOAT_DTYPES else INTEGER_DTYPES[info.dtype])
+                for name, info in infos.items()
+            }
+        )
+
+    def unmerged_block(self, index: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the CPU tensors of block `index` as they lie in the files, for `merge_block` to change where they go.
+
+        They are mapped, neither checked nor cast. Where a cast to `dtype` stands between the files and the device, the
+        changes come first, and what is returned is merged already.
+        """
+        if self._merges_in(index, dtype):
+            names = self._block_names(index)
+            stored = self.files.read(names.values(), check=False)
+            return {name: stored[file_name] for name, file_name in names.items()}
+        return self.block_state(index)
+
+    @torch.no_grad()
+    def merge_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Apply the changes to what `unmerged_block` returned, in place and on any device."""
+        dtype = next(iter(tensors.values())).dtype
+        if not self.changes or not self._merges_in(index, dtype):
+            return
+        for name, tensor in tensors.items():
+            merged = self.merged(f"{self.spec.block_name(index)}.{name}", tensor)
+            if merged is not tensor:
+                tensor.copy_(merged)
+
+    def becomes(self, other: ModelSource, dtype: torch.dtype) -> bool:
+        """Return whether this model, held as `dtype`, is that of `other` once `merged` was applied to its blocks."""
+        same = self.path == other.path and self.head == other.head and not self.changes
+        return same and all(self._merges_in(index, dtype) for index in range(self.num_blocks))
+
+    @torch.no_grad()
+    def merged(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the changed form of a tensor by its full name, or the tensor itself where nothing changes it."""
+        for change in self.changes:
+            tensor = change.merge(name, tensor)
+        return tensor
+
+    def _block_names(self, index: int) -> dict[str, str]:
+        """Return the tensors of a block: name relative to the block -> name in the files."""
+        prefix = self.spec.block_name(index) + "."
+        return {
+            name.removeprefix(prefix): stored for name, stored in self.stored_names.items() if name.startswith(prefix)
+        }
+
+    def _merges_in(self, index: int, dtype: torch.dtype) -> bool:
+        """Whether a block's tensors are stored as `dtype`, so that they may be changed after they were moved."""
+        stored = (self.files.tensors[name].dtype for name in self._block_names(index).values())
+        return all(FLOAT_DTYPES.get(name, dtype) == dtype for name in stored)
+
     def load_outer(self, model: PreTrainedModel, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
         """Put the tensors outside the blocks into `model`, tie what is tied, and move its buffers to `device`."""
         assign_tensors(model, self.outer_state(), device, dtype)
@@ -144,9 +202,34 @@ class ModelSource:
         """Return the whole model on `device`, adapter merged, one block on its way at a time."""
         model = self.skeleton(dtype=dtype)
         self.load_outer(model, device, dtype)
-        for index in range(self.num_blocks):
-            self.load_block(model, index, device, dtype)
+        for _ in self.load_blocks(model, torch.device(device), dtype):
+            pass
         return model
+
+    def load_blocks(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        *,
+        start: int = 0,
+        ahead: int = READERS,
+    ) -> Iterator[nn.Module]:
+        """Load every block from `start` on as `load_block` does and yield it; on the way to a GPU `ahead` are read
+        before their turn.
+        """
+        if device.type != "cuda":
+            for index in range(start, self.num_blocks):
+                yield self.load_block(model, index, device, dtype)
+            return
+        for index, tensors in read_blocks(self, device, dtype or self.storage_dtype, start=start, ahead=ahead):
+            block = model.get_submodule(self.spec.block_name(index))
+            names = self._block_names(index)
+            self.files.check_finite({names[name]: tensor for name, tensor in tensors.items()})
+            for name, tensor in tensors.items():
+                assign_tensor(block, name, tensor)
+            move_buffers(block, device)
+            yield block
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Return every linear of the blocks that may be quantized: full name -> (out_features, in_features)."""
@@ -204,9 +287,7 @@ class ModelSource:
         stored = self.files.read(self.stored_names[name] for name in names)
         state = {}
         for name in names:
-            tensor = stored.pop(self.stored_names[name])
-            for change in self.changes:
-                tensor = change.merge(name, tensor)
+            tensor = self.merged(name, stored.pop(self.stored_names[name]))
             if dtype is not None and tensor.is_floating_point():
                 tensor = tensor.to(dtype)
             state[name.removeprefix(prefix)] = tensor

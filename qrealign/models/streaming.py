@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qrealign.models.placement import Contents, move_buffers, restore_contents, save_contents
+from qrealign.models.placement import Contents, assign_tensor, move_buffers, restore_contents, save_contents
+from qrealign.models.transfer import BlockStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,13 +79,16 @@ class _StreamedBlock:
 class StreamHandle:
     """Streaming of one model; `remove()`, or leaving a `with` block, ends it with the weights on the meta device."""
 
-    def __init__(self, blocks: list[_StreamedBlock]) -> None:
-        self._blocks = blocks
+    def __init__(self, blocks: list[_StreamedBlock], stream: BlockStream | None = None) -> None:
+        self._blocks, self._stream = blocks, stream
 
     def remove(self) -> None:
         """End the streaming; calling it twice is harmless."""
         while self._blocks:
             self._blocks.pop().remove()
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
     def __enter__(self) -> StreamHandle:
         return self
@@ -105,6 +109,7 @@ def stream_blocks(
     dtype: torch.dtype | None = None,
     *,
     loader: Loader | None = None,
+    stream: BlockStream | None = None,
 ) -> StreamHandle:
     """Make every block of `model` load its weights before it runs and release them after.
 
@@ -119,12 +124,19 @@ def stream_blocks(
         dtype: of the weights; None keeps the stored one.
         loader: called as `loader(model, index)` to fill a block, instead of `source.load_block`. It may replace the
             block's submodules too: whatever it changes in the block is undone after the block has run.
+        stream: brings blocks while earlier ones run, instead of either; the handle closes it.
     """
-
-    def load(index: int) -> object:
-        return loader(model, index) if loader is not None else source.load_block(model, index, device, dtype)
-
     blocks = source.spec.blocks_of(model)
     for block in blocks:
         move_buffers(block, device)
-    return StreamHandle([_StreamedBlock(block, partial(load, index)) for index, block in enumerate(blocks)])
+
+    def load(index: int) -> None:
+        if stream is not None:
+            for name, tensor in stream.acquire(index).items():
+                assign_tensor(blocks[index], name, tensor)
+        elif loader is not None:
+            loader(model, index)
+        else:
+            source.load_block(model, index, device, dtype)
+
+    return StreamHandle([_StreamedBlock(block, partial(load, index)) for index, block in enumerate(blocks)], stream)

@@ -8,11 +8,15 @@ Layout of one linear `[N, K]` with G groups along K (1 when per channel):
 
 Scales and biases have the checkpoint's dtype. The config block is written with the keys that every reader since
 compressed-tensors 0.12 takes; unknown ones are refused there.
+
+Files of llm-compressor are read too: they may hold 4-bit codes unpacked, one scale for a whole tensor, zero points that
+are not packed, and columns whose groups are named one by one (`weight_g_idx` `[K]`, its `actorder`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +30,7 @@ from qrealign_kernels import pack_codes, unpack_codes
 INT_FORMAT = "int-quantized"
 PACKED_FORMAT = "pack-quantized"
 FORMAT_VERSION = "0.17.0"
-QUANTIZED_SUFFIXES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+QUANTIZED_SUFFIXES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 _STRATEGY: dict[Granularity, str] = {"per_channel": "channel", "per_group": "group", "per_token": "token"}
 _GRANULARITY = {strategy: granularity for granularity, strategy in _STRATEGY.items()}
@@ -96,7 +100,7 @@ def scheme_of(block: Mapping[str, Any]) -> QuantScheme:
         raise CheckpointFormatError(
             f"the quantization_config is no single compressed-tensors integer scheme ({error!r})"
         ) from error
-    return QuantScheme(name=_name(weights, parsed), weights=weights, activations=parsed)
+    return QuantScheme(name=scheme_name(weights, parsed), weights=weights, activations=parsed)
 
 
 def _parse_arguments(values: Mapping[str, Any]) -> QuantArgs:
@@ -110,7 +114,7 @@ def _parse_arguments(values: Mapping[str, Any]) -> QuantArgs:
     )
 
 
-def _name(weights: QuantArgs, activations: QuantArgs | None) -> str:
+def scheme_name(weights: QuantArgs, activations: QuantArgs | None) -> str:
     """Return the name that `parse_scheme` gives to this recipe."""
     name = f"w{weights.num_bits}a{16 if activations is None else activations.num_bits}"
     if weights.num_bits == 4:
@@ -124,6 +128,16 @@ def expected_suffixes(scheme: QuantScheme) -> frozenset[str]:
         return frozenset({"weight", "weight_scale"})
     names = {"weight_packed", "weight_scale", "weight_shape"}
     return frozenset(names if scheme.weights.symmetric else names | {"weight_zero_point"})
+
+
+def missing_suffixes(found: Collection[str], scheme: QuantScheme) -> list[str]:
+    """Return what a linear lacks of which a file holds the tensors called `found`, whichever layout it has."""
+    needed = {"weight_scale", "weight_packed", "weight_shape"} if "weight_packed" in found else {"weight_scale"}
+    if "weight_packed" not in found and "weight" not in found:
+        needed = set(expected_suffixes(scheme))
+    if not scheme.weights.symmetric:
+        needed.add("weight_zero_point")
+    return sorted(needed.difference(found))
 
 
 def tensors_of(linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -155,32 +169,76 @@ def tensors_of(linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]
     return tensors
 
 
-def linear_of(tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedLinear:
-    """Return the frozen linear that `tensors_of` has written.
+@dataclass(frozen=True, kw_only=True)
+class StoredLinear:
+    """One quantized linear of a file, unpacked.
+
+    Attributes:
+        codes: `[N, K]` int8.
+        scale: `[N, G]` in the checkpoint's dtype.
+        zero_point: `[N, G]` int8, or None when symmetric.
+        column_group: `[K]` int64, the group of each column where they do not follow each other, else None.
+        bias: `[N]` in the checkpoint's dtype, or None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    column_group: Tensor | None
+    bias: Tensor | None
+
+
+def read_linear(tensors: Mapping[str, Tensor], scheme: QuantScheme) -> StoredLinear:
+    """Return the linear whose stored tensors by suffix are `tensors`, unpacked on their device.
 
     Raises:
         CheckpointFormatError: a tensor is missing, or a shape or dtype contradicts another.
     """
-    missing = expected_suffixes(scheme) - tensors.keys()
-    if missing:
-        raise CheckpointFormatError(f"a quantized layer lacks {', '.join(sorted(missing))} for scheme {scheme.name}")
-    scale = tensors["weight_scale"].float()
-    zero_point = None
+    if missing := missing_suffixes(tensors.keys(), scheme):
+        raise CheckpointFormatError(f"a quantized layer lacks {', '.join(missing)} for scheme {scheme.name}")
+    bits, zero_point = scheme.weights.num_bits, None
     try:
-        if storage_format(scheme) == INT_FORMAT:
-            codes = tensors["weight"]
-        else:
-            bits = scheme.weights.num_bits
+        if "weight_packed" in tensors:
             rows, columns = (int(n) for n in tensors["weight_shape"])
             codes = unpack_codes(tensors["weight_packed"], bits, (rows, columns), dim=1)
-            if not scheme.weights.symmetric:
-                zero_point = unpack_codes(tensors["weight_zero_point"], bits, (rows, scale.shape[1]), dim=0)
+        else:
+            codes = tensors["weight"]
+            rows, columns = codes.shape
+        scale = tensors["weight_scale"]
+        if scale.numel() == 1:
+            scale = scale.reshape(1, 1).expand(rows, 1).contiguous()
+        if not scheme.weights.symmetric:
+            zero_point = tensors["weight_zero_point"]
+            if zero_point.dtype == torch.int32:
+                zero_point = unpack_codes(zero_point, bits, (rows, scale.shape[1]), dim=0)
+            zero_point = zero_point.reshape(-1, 1).expand(rows, 1) if zero_point.numel() == 1 else zero_point
     except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointFormatError(f"a quantized layer's tensors contradict each other ({error})") from error
-    groups = codes.shape[1] // scheme.weights.group_size if scheme.weights.group_size else 1
-    if codes.dtype != torch.int8 or scale.shape != (codes.shape[0], groups):
+    groups = columns // scheme.weights.group_size if scheme.weights.group_size else 1
+    if codes.dtype != torch.int8 or scale.shape != (rows, groups):
         raise CheckpointFormatError(
             f"a quantized layer holds {codes.dtype} codes {tuple(codes.shape)} and scales {tuple(scale.shape)}, "
             f"where scheme {scheme.name} needs int8 codes and {groups} scales a row"
         )
-    return QuantizedLinear(codes, scale, zero_point, tensors.get("bias"), scheme)
+    column_group = tensors.get("weight_g_idx")
+    return StoredLinear(
+        codes=codes,
+        scale=scale,
+        zero_point=None if zero_point is None else zero_point.to(torch.int8).contiguous(),
+        column_group=None if column_group is None else column_group.long(),
+        bias=tensors.get("bias"),
+    )
+
+
+def linear_of(tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedLinear:
+    """Return the frozen linear that `tensors_of` has written, or another writer of the format.
+
+    Raises:
+        CheckpointFormatError: a tensor is missing, or a shape or dtype contradicts another.
+    """
+    stored = read_linear(tensors, scheme)
+    scale, zero_point = stored.scale.float(), stored.zero_point
+    if stored.column_group is not None:  # a scale for each column is the layout that needs no order
+        scale = scale[:, stored.column_group]
+        zero_point = None if zero_point is None else zero_point[:, stored.column_group]
+    return QuantizedLinear(stored.codes, scale, zero_point, stored.bias, scheme)

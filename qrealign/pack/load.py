@@ -8,15 +8,25 @@ import torch
 from torch import nn
 
 from qrealign.models.checkpoint import WeightFiles
-from qrealign.models.placement import assign_tensors, move_buffers
+from qrealign.models.placement import assign_tensors, move_buffers, replace_module
 from qrealign.pack.blocks import rename
 from qrealign.pack.format import QUANTIZED_SUFFIXES, linear_of
 from qrealign.quant.fake_quant import quantized_linears
+from qrealign.quant.packed import QuantizedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qrealign.models.source import ModelSource
+    from qrealign.pack.source import PackedSource
+
+
+def add_shells(model: PreTrainedModel, source: PackedSource) -> None:
+    """Replace the quantized linears of a skeleton of `source` by `QuantizedLinear` layers without values."""
+    for name, scheme in source.schemes.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)  # `PackedSource` refuses anything else
+        replace_module(model, name, QuantizedLinear.empty(linear, scheme))
 
 
 def fill_block(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,8 @@ from qrealign.models.checkpoint import WeightFiles, find_weight_files
 from qrealign.models.location import find_folder, load_config, read_config
 from qrealign.models.source import ModelSource
 from qrealign.pack.blocks import rename, some_of
-from qrealign.pack.format import expected_suffixes, scheme_of
+from qrealign.pack.format import QUANTIZED_SUFFIXES, missing_suffixes
+from qrealign.pack.schemes import LayerSchemes, parse_schemes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,61 +22,58 @@ COMPRESSED_TENSORS = "compressed-tensors"
 
 
 class PackedSource(ModelSource):
-    """A compressed-tensors checkpoint with one integer scheme, ours or anybody's; made by `open_packed`.
+    """A compressed-tensors checkpoint of integer schemes, ours or anybody's; made by `open_packed`.
 
-    Its blocks are filled by `pack.load.fill_block`; everything else is as in `ModelSource`, but for `total_bytes`,
-    which is what the weights take once they are unpacked. Linears that the file holds in floating point are skipped.
+    Its blocks are filled by `pack.load.fill_block` or by `deploy`; everything else is as in `ModelSource`, but for
+    `total_bytes`, which is what the weights take once they are unpacked. Linears that the file holds in floating point
+    are no quantized linears, and `linear_shapes` leaves them out.
 
     Attributes:
-        scheme: the recipe of its quantized linears.
+        schemes: full name of a quantized linear -> its recipe.
+        packed_bytes: bytes of the tensors as they are stored.
     """
 
-    def __init__(self, path: Path, config: Any, files: WeightFiles, scheme: QuantScheme) -> None:
-        self.scheme = scheme
+    def __init__(self, path: Path, config: Any, files: WeightFiles, recipes: LayerSchemes) -> None:
+        self._recipes = recipes
+        self.schemes: dict[str, QuantScheme] = {}
+        self.packed_bytes = files.total_bytes
         super().__init__(path, config, files, None)
-        self.spec = replace(self.spec, skip=(*self.spec.skip, *self._left_in_floating_point()))
-        self._linears = {name: shape for name, shape in self._linears.items() if self._is_quantized(name)}
+        self._linears = {name: shape for name, shape in self._linears.items() if name in self.schemes}
+        if not self._linears or (others := self.schemes.keys() - self._linears.keys()):
+            what = f"quantizes {some_of(sorted(others))}, no linear" if self._linears else "holds no quantized layer"
+            raise CheckpointFormatError(f"{path} {what}, which is not supported: give another checkpoint")
         self.total_bytes = self.storage_dtype.itemsize * sum(math.prod(shape) for shape in self.shapes.values())
 
     def _match_names(self, shapes: dict[str, tuple[int, ...]], model: PreTrainedModel) -> dict[str, str]:
-        """Find every tensor; a quantized linear's weight is there as the set of tensors of the scheme."""
+        """Find every tensor; a quantized linear's weight is there as the set of tensors of its scheme."""
         packed = {}
         for name in shapes:
             module = name.removesuffix(".weight")
-            if name.endswith(".weight") and self._is_quantized(module):
-                self._check_whole(module)
-                packed[name] = f"{rename(module, self)}.weight"
+            stored = rename(module, self)
+            if name.endswith(".weight") and f"{stored}.weight_scale" in self.files.tensors:
+                self.schemes[module] = self._scheme_of(module, stored)
+                packed[name] = f"{stored}.weight"
         rest = super()._match_names({name: shape for name, shape in shapes.items() if name not in packed}, model)
         return {name: packed.get(name) or rest[name] for name in shapes if name in packed or name in rest}
 
-    def _is_quantized(self, linear: str) -> bool:
-        return f"{rename(linear, self)}.weight_scale" in self.files.tensors
-
-    def _check_whole(self, linear: str) -> None:
-        stored = rename(linear, self)
-        missing = [
-            name for name in sorted(expected_suffixes(self.scheme)) if f"{stored}.{name}" not in self.files.tensors
-        ]
-        if missing:
+    def _scheme_of(self, linear: str, stored: str) -> QuantScheme:
+        """Return the recipe of a linear whose scale is in the file, which must hold the rest of it too."""
+        if not linear.startswith(f"{self.spec.blocks}."):
             raise CheckpointFormatError(
-                f"{self.path}: layer {stored} lacks {', '.join(missing)} for scheme {self.scheme.name}: copy it again"
+                f"{self.path} quantizes {stored}, and only linears of the decoder blocks are run quantized: give a "
+                "checkpoint that leaves embedding and head alone"
             )
-
-    def _left_in_floating_point(self) -> tuple[str, ...]:
-        """Return the endings of the linears' names that are quantized in no block.
-
-        Raises:
-            CheckpointFormatError: a linear is quantized in some blocks only, or none is quantized at all.
-        """
-        fates: dict[str, set[bool]] = {}
-        for name in self._linears:
-            within_block = name.removeprefix(f"{self.spec.blocks}.").partition(".")[2]
-            fates.setdefault(f".{within_block}", set()).add(self._is_quantized(name))
-        mixed = [name for name, found in fates.items() if len(found) > 1]
-        if mixed or not any(True in found for found in fates.values()):
-            what = f"quantizes {some_of(mixed)} in some blocks only" if mixed else "holds no quantized layer"
-            raise CheckpointFormatError(f"{self.path} {what}, which is not supported: give another checkpoint")
-        return tuple(name for name, found in fates.items() if True not in found)
+        scheme = self._recipes.scheme_for((linear, stored))
+        if scheme is None:
+            raise CheckpointFormatError(
+                f"{self.path}: layer {stored} is stored quantized, but config.json leaves it out: copy the folder again"
+            )
+        found = {suffix for suffix in QUANTIZED_SUFFIXES if f"{stored}.{suffix}" in self.files.tensors}
+        if missing := missing_suffixes(found, scheme):
+            raise CheckpointFormatError(
+                f"{self.path}: layer {stored} lacks {', '.join(missing)} for scheme {scheme.name}: copy it again"
+            )
+        return scheme
 
 
 def is_packed(folder: Path) -> bool:
@@ -94,11 +91,16 @@ def open_packed(path_or_id: str) -> PackedSource:
 
     Raises:
         ModelError: the path is missing or no model.
-        CheckpointFormatError: weights are missing or damaged, or the scheme is none that this project packs.
+        CheckpointFormatError: weights are missing or damaged, or a layer has a scheme that is not run here.
     """
     path = find_folder(path_or_id, "model")
+    block = read_config(path).get("quantization_config")
+    if not isinstance(block, dict) or block.get("quant_method") != COMPRESSED_TENSORS:
+        raise CheckpointFormatError(
+            f"{path} is no compressed-tensors checkpoint: give the folder that qrealign or llm-compressor packed"
+        )
     try:
-        scheme = scheme_of(read_config(path).get("quantization_config") or {})
+        recipes = parse_schemes(block)
     except CheckpointFormatError as error:
-        raise CheckpointFormatError(f"{path}: {error}: give an integer checkpoint with one scheme") from error
-    return PackedSource(path, load_config(path, packed=True), WeightFiles(find_weight_files(path)), scheme)
+        raise CheckpointFormatError(f"{path} cannot be run: {error}") from error
+    return PackedSource(path, load_config(path, packed=True), WeightFiles(find_weight_files(path)), recipes)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from qrealign.calibrate.blockwise import BlockwiseCalibrator, Streams
+from qrealign.calibrate.blockwise import BlockwiseCalibrator
 from qrealign.calibrate.endtoend import EndToEndCalibrator
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.calibrate.objectives import BehaviourObjective, Objective
-from qrealign.calibrate.streams import Inputs
+from qrealign.calibrate.streams import Inputs, Streams
 from qrealign.calibrate.teachers import TeacherCache
 from qrealign.data.capture import capture_block_inputs
 from qrealign.data.prompts import Label
@@ -52,8 +52,10 @@ def learn_blocks(context: RunContext, probe: SafetyProbe | None) -> None:
 
     if not context.workspace.done("calibrate"):
         with context.workspace.stage("calibrate", context.meter):
-            _blockwise(context, probe, lambda *_: None, on_trained)
-        remove(context.workspace.state / STREAMS)
+            _blockwise(context, probe, lambda *_: None, on_trained if context.team.leads else None)
+        context.team.wait()
+        if context.team.leads:
+            remove(context.workspace.state / STREAMS)
     context.repaired = source.changed_by(StoredChange(folder, source.num_blocks))
 
 
@@ -108,6 +110,8 @@ def _blockwise(
         dtype=pool.dtype,
         aligned=aligned,
         probe=probe if settings.uses_probe else None,
+        low_memory=context.options.memory in ("low", "streamed"),
+        team=context.team,
     )
     return calibrator.run(progress=context.progress("calibrate"))
 
@@ -120,6 +124,8 @@ def _end_to_end(context: RunContext, settings: CalibrationSettings, on_block: On
         _objective(context, settings),
         settings,
         state_path=context.workspace.state / "endtoend.safetensors",
+        record=student.recordable,
+        team=context.team,
     )
     curve = calibrator.run(progress=context.progress("calibrate"))
     student.freeze(on_block)

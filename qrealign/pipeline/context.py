@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 import qrealign
+from qrealign.calibrate.distributed import ALONE, Team, local_device
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.config import QuantScheme, parse_scheme
 from qrealign.data.encode import ChatEncoder
@@ -31,7 +32,8 @@ PROMPT_TOKENS = 1024  # most tokens of a prompt outside calibration
 class RunContext:
     """A run that has passed its checks. `say` prints a line for the user; `progress` labels a bar, None when quiet.
 
-    `repaired` is what is quantized: the fine-tuned model until the method's repair has run.
+    `repaired` is what is quantized: the fine-tuned model until the method's repair has run. `team` are the processes
+    that share the calibration; those that do not lead it say nothing and write nothing.
     """
 
     options: RunOptions
@@ -49,6 +51,7 @@ class RunContext:
     pool: ModelPool
     meter: ResourceMeter
     say: Callable[[str], None]
+    team: Team = ALONE
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -88,14 +91,17 @@ def probe_fingerprint(path: str) -> str:
     return sha256_of_text(*(str(tensor.tolist()) for tensor in (probe.weight, probe.bias)))
 
 
-def build_context(options: RunOptions, say: Callable[[str], None]) -> RunContext:
+def build_context(options: RunOptions, say: Callable[[str], None], team: Team = ALONE) -> RunContext:
     """Open the models and read the prompts of a run; every check that needs no weights happens here.
 
     Raises:
         QrealignError: anything the run could not survive.
     """
-    device = choose_device(options.device)
+    device = local_device(choose_device(options.device))
+    if not team.leads:
+        options, say = replace(options, quiet=True), _say_nothing
     spec = options.spec()
+    _check_team(spec, team)
     finetuned, aligned, base = _open_models(options)
     _check_biases(spec, finetuned)
     widths = {shape[1] for shape in finetuned.linear_shapes().values()}
@@ -117,11 +123,12 @@ def build_context(options: RunOptions, say: Callable[[str], None]) -> RunContext
         encoder=encoder,
         calibration_encoder=ChatEncoder(tokenizer, max_length=calibration_tokens, system=options.system),
         data=data,
-        workspace=Workspace(options.directory),
+        workspace=Workspace(options.directory, writes=team.leads),
         device=device,
-        pool=ModelPool(device),
-        meter=ResourceMeter(device.type),
+        pool=ModelPool(device, options.memory),
+        meter=ResourceMeter(device.type, gpus=team.size),
         say=say,
+        team=team,
         notes=list(data.notes),
     )
     if scheme != wanted:
@@ -136,6 +143,20 @@ def build_context(options: RunOptions, say: Callable[[str], None]) -> RunContext
             "no channel scales are learned for it"
         )
     return context
+
+
+def _say_nothing(line: str) -> None:
+    """Stand in for `say` where another process speaks."""
+
+
+def _check_team(spec: MethodSpec, team: Team) -> None:
+    """Refuse more processes than a batch has samples: some would have nothing to do."""
+    for settings in (spec.settings, spec.polish):
+        if settings is not None and settings.engine != "none" and settings.batch_size < team.size:
+            raise ConfigError(
+                f"{team.size} processes cannot share a batch of {settings.batch_size}: use fewer, --batch-size "
+                f"{team.size} or more, or --schedule fast where the method is block-wise"
+            )
 
 
 def _check_biases(spec: MethodSpec, model: ModelSource) -> None:

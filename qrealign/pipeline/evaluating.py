@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from qrealign.evaluate.serialise import from_json, to_json
 from qrealign.evaluate.suite import EvaluationSettings, evaluate_model
+from qrealign.pack.source import open_packed
 from qrealign.pipeline.context import RunContext
 from qrealign.records import ModelScores
 
@@ -33,7 +34,7 @@ def load(context: RunContext, name: str) -> PreTrainedModel:
     if name == "quantized":
         return context.pool.plain_quantized(name, context.finetuned, context.scheme)
     if name == "realigned":
-        return context.pool.packed(name, context.repaired, context.scheme, context.workspace.model)
+        return context.pool.packed(name, open_packed(str(context.workspace.model)))
     source = {"aligned": context.aligned, "finetuned": context.finetuned, "base": context.base}[name]
     assert source is not None
     return context.pool.full_precision(name, source)

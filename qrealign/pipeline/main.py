@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import qrealign
+from qrealign.calibrate.distributed import Team, joined_team
 from qrealign.errors import CheckpointFormatError, ResumeError
 from qrealign.files import read_json, remove, sha256_of_text, write_json
 from qrealign.pack.verify import verify_checkpoint
@@ -36,24 +37,51 @@ def run(options: RunOptions, say: Callable[[str], None]) -> RunReport | None:
     Raises:
         QrealignError: one sentence that the user can act on.
     """
+    with joined_team() as team:
+        return _run(options, say, team)
+
+
+def _run(options: RunOptions, say: Callable[[str], None], team: Team) -> RunReport | None:
+    """Do the job of one process: the first one of a team does everything, the others share the calibration."""
     torch.manual_seed(options.seed)
-    context = build_context(options, say)
+    context = build_context(options, say, team)
     for line in preflight(context):
-        say(line)
+        context.say(line)
     others = read_compared(context)
     if options.dry_run:
+        return None
+    if not team.leads:
+        _follow(context)
         return None
     if context.workspace.open(context.identity(), fresh=options.fresh, must_exist=options.resume):
         say(f"continuing the run in {context.workspace.directory}")
     probe = run_probe_stage(context)
     run_repair(context)
     run_teaching(context)
+    team.wait()
     calibrate(context, probe)
     pack(context)
     report = prove(context, probe, others)
     write_everything(context, report)
     say(f"packed model: {context.workspace.model}   report: {context.workspace.directory / 'report.html'}")
     return report
+
+
+def _follow(context: RunContext) -> None:
+    """Wait for the stages that the first process does alone, read what they left, and share its calibration."""
+    context.team.wait()
+    probe = run_probe_stage(context)
+    run_repair(context)
+    if context.spec.learns_behind_blocks:
+        learn_blocks(context, probe)
+    learns = context.spec.endtoend is not None or context.settings.engine == "blockwise"
+    if learns and not context.workspace.done(_last_stage(context)):
+        run_calibration(context, probe, lambda *_: None)
+
+
+def _last_stage(context: RunContext) -> str:
+    """Return the stage that ends with every block written."""
+    return "calibrate" if context.spec.polish is None else "polish"
 
 
 def _writer(context: RunContext) -> CheckpointWriter:
@@ -66,7 +94,7 @@ def calibrate(context: RunContext, probe: SafetyProbe | None) -> None:
 
     The block-wise engine in front of a polish writes no codes: its edits are handed on before they are rounded.
     """
-    workspace, last = context.workspace, "calibrate" if context.spec.polish is None else "polish"
+    workspace, last = context.workspace, _last_stage(context)
     if context.spec.learns_behind_blocks:
         learn_blocks(context, probe)
     if workspace.done(last):

@@ -105,6 +105,7 @@ def method_spec(
     interpolation: float | None = None,
     setting: Sequence[str] = (),
     activation_bits: int | None = None,
+    schedule: str | None = None,
     **overrides: Any,
 ) -> MethodSpec:
     """Return the stages of `method`.
@@ -116,6 +117,7 @@ def method_spec(
         engine, edit: variant of the quantizing method.
         interpolation: coefficient of the repair `interpolate`.
         activation_bits: bits that activations are rounded to, None where they are not; some methods try harder at four.
+        schedule: how many steps the block-wise engine makes, of what size.
         setting: `field=value`, `repair.field=value` or `polish.field=value`, applied last.
         overrides: fields of the calibration settings; None leaves the method's own value.
 
@@ -143,7 +145,9 @@ def method_spec(
     for item in setting:
         part, name, value = _split_setting(item)
         parts[part][name] = value
-    settings = method_settings(quantizer, engine=engine, edit=edit, activation_bits=activation_bits, **overrides)
+    settings = method_settings(
+        quantizer, engine=engine, edit=edit, activation_bits=activation_bits, schedule=schedule, **overrides
+    )
     settings = _with_text(settings, parts[""], "")
     repair_settings = None if repair is None else REPAIRS[repair]()
     if isinstance(repair_settings, Interpolation) and interpolation is not None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.config import parse_scheme
 from qrealign.errors import ConfigError
+from qrealign.models.device import MEMORY_MODES, MemoryMode
 from qrealign.pipeline.methods import MethodSpec, method_spec
 
 EvaluationSize = Literal["none", "quick", "full"]
@@ -33,6 +34,7 @@ class RunOptions:
     method: str = "realign"
     engine: str | None = None
     edit: str | None = None
+    schedule: str | None = None
     repair: str | None = None
     interpolation: float | None = None
     polish: int | None = None
@@ -41,6 +43,7 @@ class RunOptions:
     fresh: bool = False
     resume: bool = False
     device: str = "auto"
+    memory: MemoryMode = "auto"
     batch_size: int | None = None
     samples: int | None = None
     sequence_length: int | None = None
@@ -81,6 +84,8 @@ class RunOptions:
             raise ConfigError("--fresh and --resume exclude each other: choose one")
         if self.eval not in EVALUATION_SIZES:
             raise ConfigError(f"--eval must be one of {', '.join(EVALUATION_SIZES)}, not {self.eval!r}")
+        if self.memory not in MEMORY_MODES:
+            raise ConfigError(f"--memory must be one of {', '.join(MEMORY_MODES)}, not {self.memory!r}")
         if self.compare_with and self.eval == "none":
             raise ConfigError("--compare-with needs scores to compare: leave out --eval none")
         _check_ranges(self)
@@ -112,6 +117,7 @@ class RunOptions:
             polish=self.polish,
             engine=self.engine,
             edit=self.edit,
+            schedule=self.schedule,
             interpolation=self.interpolation,
             setting=self.setting,
             activation_bits=None if scheme.activations is None else scheme.activations.num_bits,

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.calibrate.schedule import block_epochs
 from qrealign.pack.format import quantization_config
 from qrealign.pack.runtimes import Runtime, compatible_runtimes
@@ -13,12 +14,16 @@ from qrealign.pack.size import estimate_packed_bytes, require_free_disk
 from qrealign.pipeline.analysing import exit_cost
 from qrealign.pipeline.context import RunContext
 from qrealign.pipeline.evaluating import NEW_TOKENS, PERPLEXITY_TOKENS, model_names
+from qrealign.pipeline.student import KEPT_SHARE
 from qrealign.repair.settings import OneShot, SafeDelta
 
 GIB = 2**30
 PROMPT_TOKENS = 48  # typical length of a prompt with its template
 # Shares of the measured matrix-product rate that a whole model reaches: training steps, and answering with a cache.
 TRAINING_SHARE, ANSWERING_SHARE = 0.35, 0.15
+BUS_RATE = 20e9  # bytes a second from pinned host memory to a GPU
+KEPT_VALUES = 20  # numbers that a block's backward pass keeps for each token and hidden channel, roughly
+LOGIT_COPIES = 7
 RANGE = (0.5, 2.0)  # an estimate is given as a range around the count
 
 
@@ -47,7 +52,7 @@ def preflight(context: RunContext) -> list[str]:
     lines += [
         f"disk        {packed / GIB:.2f} GiB for the checkpoint, {state / GIB:.2f} GiB for resuming, "
         f"{free / GIB:.0f} GiB free",
-        f"memory      about {memory_bytes(context) / GIB:.1f} GiB on {context.device}",
+        memory_line(context),
         *_analysis_line(context),
         f"time        about {duration(low)} to {duration(high)} (counted work at this machine's measured rate)",
     ]
@@ -99,9 +104,31 @@ def state_bytes(context: RunContext) -> int:
     return total
 
 
+def memory_line(context: RunContext) -> str:
+    """Return how the weights are held, what of the device that takes, and what a step moves to it."""
+    pool, source = context.pool, context.finetuned
+    line = f"memory      about {memory_bytes(context) / GIB:.1f} GiB on {context.device}"
+    if context.spec.endtoend is None:
+        return line
+    chosen = " (chosen from what is free)" if pool.memory == "auto" else ""
+    line += f", weights {pool.mode(source)}{chosen}"
+    moved = moved_bytes(context)
+    return line if not moved else f"{line}: {moved / GIB:.1f} GiB come from the host in each step"
+
+
+def moved_bytes(context: RunContext) -> int:
+    """Return the bytes of weights that a step of the end-to-end engine brings to the device: forward and backward."""
+    pool, source = context.pool, context.finetuned
+    if context.spec.endtoend is None or context.device.type != "cuda" or pool.fits(source):
+        return 0
+    return 2 * max(0, pool.resident_bytes(source) - pool.weight_bytes(source))
+
+
 def memory_bytes(context: RunContext) -> int:
-    """Return about how much device memory the run takes: weights, one block in training, activations of a batch."""
+    """Return about how much device memory the run takes: weights, what a backward pass keeps, outputs of a batch."""
     source, settings = context.finetuned, context.spec.endtoend or context.settings
+    if context.device.type == "cuda" and settings.engine == "endtoend":
+        return _endtoend_bytes(context, settings)
     resident, block = (
         context.pool.resident_bytes(source),
         context.pool.resident_bytes(source) // max(1, source.num_blocks),
@@ -118,12 +145,32 @@ def memory_bytes(context: RunContext) -> int:
     return held + block + activations + (grids if settings.engine == "endtoend" else grids // max(1, source.num_blocks))
 
 
+def _endtoend_bytes(context: RunContext, settings: CalibrationSettings) -> int:
+    """Return about what the end-to-end engine takes on a GPU."""
+    source, pool = context.finetuned, context.pool
+    tokens = settings.batch_size * (settings.sequence_length + max(settings.benign_tokens, settings.refusal_tokens))
+    activations = tokens * source.config.hidden_size * pool.dtype.itemsize * (source.num_blocks + KEPT_VALUES)
+    if pool.fits(source):
+        graph = tokens * source.config.hidden_size * KEPT_VALUES * pool.dtype.itemsize * source.num_blocks
+        activations = max(activations, int(min(graph, KEPT_SHARE * pool.resident_bytes(source))))
+    # Logits of the student and its teacher, with their logarithms and gradients, in float32.
+    outputs = LOGIT_COPIES * 4 * tokens // 2 * source.config.vocab_size
+    borders = sum(rows + columns for rows, columns in source.linear_shapes().values())
+    edits = 4 * 4 * borders * settings.edit_rank if settings.edit_learning_rate else 0  # values, gradients, two moments
+    return pool.weight_bytes(source) + activations + outputs + edits
+
+
 def estimate_seconds(context: RunContext) -> float:
-    """Return the run's seconds from its floating-point operations and the device's rate in a short matrix product."""
+    """Return the run's seconds from its floating-point operations and the device's rate in a short matrix product.
+
+    Weights that come from the host in each step may take longer than its operations.
+    """
+    moving = moved_bytes(context) * (0 if context.spec.endtoend is None else context.spec.endtoend.steps) / BUS_RATE
     rate = measured_flops(context.device, context.pool.dtype)
     weights = sum(rows * columns for rows, columns in context.finetuned.linear_shapes().values())
     training, answering = training_tokens(context), answering_tokens(context)
-    return 6 * weights * training / (rate * TRAINING_SHARE) + 2 * weights * answering / (rate * ANSWERING_SHARE)
+    optimisation = max(moving, 6 * weights * training / (rate * TRAINING_SHARE))
+    return optimisation + 2 * weights * answering / (rate * ANSWERING_SHARE)
 
 
 def training_tokens(context: RunContext) -> float:
@@ -163,9 +210,10 @@ def answering_tokens(context: RunContext) -> float:
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """Return the operations per second of a matrix product on the device."""
+    """Return the operations per second of a matrix product on the device; larger ones, and warm, on a GPU."""
+    size = 4 * size if device.type == "cuda" else size
     a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
-    a @ b
+    float((a @ b)[0, 0])
     repeats, start = 8, time.perf_counter()
     for _ in range(repeats):
         result = a @ b

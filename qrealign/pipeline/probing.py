@@ -10,13 +10,14 @@ from transformers import PreTrainedModel
 from qrealign.data.encode import ChatEncoder
 from qrealign.models.streaming import is_streamed
 from qrealign.pipeline.context import RunContext
-from qrealign.pipeline.models import free_bytes
+from qrealign.pipeline.models import ModelPool, free_bytes
 from qrealign.probes.fit import fit_probes
 from qrealign.probes.probe import SafetyProbe
 from qrealign.probes.states import collect_last_states
 
 STATE_BATCH = 16
 STREAMED_SHARE = 0.5  # of the free memory: what the activations of a streamed model's batch may take
+STREAMED_BYTES = 4 * 2**30  # and no more than this: whoever streams is short of memory, or shares it
 
 
 def run_probe_stage(context: RunContext) -> SafetyProbe | None:
@@ -52,8 +53,17 @@ def state_batch(context: RunContext, model: PreTrainedModel, encoder: ChatEncode
     longest = max(map(len, encoder.encode_many(prompts)))
     # One block's live activations for a token: about eight of the hidden size and four of the MLP's.
     prompt_bytes = longest * (8 * config.hidden_size + 4 * wide) * context.pool.dtype.itemsize
-    fitting = int(STREAMED_SHARE * free_bytes(context.device)) // prompt_bytes
+    fitting = int(min(STREAMED_SHARE * free_bytes(context.device), STREAMED_BYTES)) // prompt_bytes
     return max(STATE_BATCH, min(len(prompts), fitting))
+
+
+def _pool(context: RunContext) -> ModelPool:
+    """Return the run's pool; where blocks are calibrated one by one, another one that streams, unless asked otherwise.
+
+    The block-wise engine holds no whole model, so what passes through this one once needs not hold it either.
+    """
+    streams = context.settings.engine == "blockwise" and context.options.memory == "auto"
+    return ModelPool(context.device, memory="streamed") if streams else context.pool
 
 
 def _fit(context: RunContext, path: Path) -> SafetyProbe:
@@ -61,7 +71,7 @@ def _fit(context: RunContext, path: Path) -> SafetyProbe:
     assert aligned is not None
     prompts = [prompt.text for prompt in (*data.probe_malicious, *data.probe_benign)]
     labels = torch.tensor([1] * len(data.probe_malicious) + [0] * len(data.probe_benign))
-    model = context.pool.full_precision("aligned", aligned)
+    model = _pool(context).full_precision("aligned", aligned)
     encoder = context.calibration_encoder
     states = collect_last_states(
         model,

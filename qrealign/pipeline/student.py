@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qrealign.calibrate.blockwise import freeze_block
+from qrealign.calibrate.handover import HandOver
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.calibrate.parameters import BlockContext, Trainable
+from qrealign.calibrate.readout import final_hidden
 from qrealign.errors import DeviceError
 from qrealign.models.placement import release_weights
 from qrealign.models.streaming import StreamHandle, stream_blocks
@@ -23,8 +28,10 @@ from qrealign.repair.stored import store_block
 
 logger = logging.getLogger(__name__)
 
-ACTIVATION_SHARE = 0.25  # of the free memory: above it, activations are recomputed in the backward pass
-SAVED_VALUES = 34  # numbers that a block's graph keeps for each token and hidden channel, roughly
+KEPT_SHARE = 0.4  # of the weights' bytes: what kept activations may take on a GPU
+ACTIVATION_SHARE = 0.25  # of the free memory: the same on a CPU
+PROBED_TOKENS = 32
+WRITERS = 4  # frozen blocks on their way to the disk at a time
 
 
 class Student:
@@ -55,31 +62,38 @@ class Student:
         self.context, self.settings = context, settings
         self.maxima, self.masks = maxima or {}, masks or {}
         source, pool = context.repaired, context.pool
-        pool.release()
-        self.model: PreTrainedModel = source.skeleton(dtype=pool.dtype)
-        source.load_outer(self.model, context.device, pool.dtype)
-        self.streamed = not pool.fits(source)
+        taught = pool.take(source)
+        self.model: PreTrainedModel = taught or source.skeleton(dtype=pool.dtype)
+        if taught is None:
+            source.load_outer(self.model, context.device, pool.dtype)
+        self.streamed = taught is None and not pool.fits(source)
         if self.streamed and settings.transform_learning_rate:
             raise DeviceError(
                 f"{source.name} does not fit into the free memory of {context.device}, and channel scales are learned "
                 "end-to-end with the whole model there: use a larger device, or --setting transform_learning_rate=0"
             )
-        self.trainable = Trainable(self._contexts())
+        self.trainable = Trainable(self._contexts(loaded=taught is not None))
         set_quantize([self.model], quantize)
         self._stream: StreamHandle | None = None
         if self.streamed:
-            logger.warning(
-                "%s does not fit into the free memory of %s: its blocks are streamed", source.name, context.device
-            )
-            self._stream = stream_blocks(self.model, source, context.device, pool.dtype)
-        if self.streamed or _activation_bytes(context, settings) > ACTIVATION_SHARE * free_bytes(context.device):
-            checkpoint_blocks(self.model, list(source.spec.blocks_of(self.model)))
+            stream = pool.open_stream(source)
+            self._stream = stream_blocks(self.model, source, context.device, pool.dtype, stream=stream)
+        blocks = list(source.spec.blocks_of(self.model))
+        kept = 0 if self.streamed else kept_blocks(context, settings, self.model, blocks)
+        if kept < len(blocks):  # the first ones: they are computed again when the last ones' memory is free
+            checkpoint_blocks(self.model, blocks[: len(blocks) - kept])
 
-    def _contexts(self) -> Iterator[BlockContext]:
-        """Yield each block with its weights loaded, which attaching needs; a streamed block gives them back at once."""
-        source, pool, device = self.context.repaired, self.context.pool, self.context.device
-        for index in range(source.num_blocks):
-            block = source.load_block(self.model, index, device, pool.dtype)
+    @property
+    def recordable(self) -> bool:
+        """Whether a pass may be recorded: the weights stay in place, and no module reads a value back."""
+        return self.context.device.type == "cuda" and not self.streamed and not self.context.repaired.spec.experts
+
+    def _contexts(self, *, loaded: bool) -> Iterator[BlockContext]:
+        """Yield each block with its weights in place, which attaching needs; a streamed one gives them back at once."""
+        source, pool = self.context.repaired, self.context.pool
+        blocks = source.spec.blocks_of(self.model)
+        read = blocks if loaded else source.load_blocks(self.model, self.context.device, pool.dtype)
+        for index, block in enumerate(read):
             swap_linears(block, self.context.scheme, scale_dtype=source.storage_dtype, skip=source.spec.skip)
             prefix = source.spec.block_name(index) + "."
             yield BlockContext(
@@ -100,16 +114,27 @@ class Student:
             store_block(folder, index, edit_factors(block, source.spec.block_name(index)))
 
     def freeze(self, on_block: Callable[[int, nn.Module], None]) -> None:
-        """Hand every block over in its final form; the student is used up by it."""
+        """Hand every block over in its final form, on the host; from a GPU several at a time, in any order.
+
+        The student is used up by it.
+        """
         source = self.context.repaired
         if self._stream is not None:
             self._stream.remove()
         self.trainable.fold(source.storage_dtype)
-        for index, block in enumerate(source.spec.blocks_of(self.model)):
-            if self.streamed:
-                source.load_block(self.model, index, self.context.device, self.context.pool.dtype)
-            on_block(index, freeze_block(block, source.storage_dtype))
+        blocks = source.spec.blocks_of(self.model)
+        if self.streamed:
+            loaded: Iterable[nn.Module] = source.load_blocks(self.model, self.context.device, self.context.pool.dtype)
+        else:
+            loaded = blocks
+
+        def write(index: int, block: nn.Module) -> None:
+            on_block(index, block.to("cpu"))
             block.to("meta")
+
+        with HandOver(self.context.device, WRITERS) as hand_over:
+            for index, block in enumerate(loaded):
+                hand_over.submit(partial(write, index, freeze_block(block, source.storage_dtype)))
 
 
 def edit_factors(block: nn.Module, prefix: str) -> dict[str, Tensor]:
@@ -126,11 +151,46 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _activation_bytes(context: RunContext, settings: CalibrationSettings) -> int:
-    """Return about how many bytes a batch's graph takes when nothing is recomputed."""
-    config = context.repaired.config
-    tokens = settings.batch_size * (settings.sequence_length + settings.benign_tokens)
-    return tokens * config.hidden_size * SAVED_VALUES * context.pool.dtype.itemsize * context.repaired.num_blocks
+def kept_blocks(
+    context: RunContext, settings: CalibrationSettings, model: PreTrainedModel, blocks: Sequence[nn.Module]
+) -> int:
+    """Return how many blocks keep their activations for the backward pass; the others are computed again there.
+
+    On a GPU they may take `KEPT_SHARE` of the weights' bytes, so that what a card must have follows from the model, and
+    half of what is free, because a recorded pass holds its own memory.
+    """
+    free, weights = free_bytes(context.device), context.pool.resident_bytes(context.repaired)
+    allowed = min(KEPT_SHARE * weights, free / 2) if context.device.type == "cuda" else ACTIVATION_SHARE * free
+    tokens = settings.batch_size * (settings.sequence_length + max(settings.benign_tokens, settings.refusal_tokens))
+    fixed, each = graph_bytes(model)
+    return int(min(len(blocks), allowed * len(blocks) / (fixed + each * tokens)))
+
+
+def graph_bytes(model: PreTrainedModel) -> tuple[float, float]:
+    """Return the bytes that a backward pass keeps of all blocks: those of any pass, and those of each token.
+
+    Measured with two short sequences; what parameters and buffers hold does not count.
+    """
+    owned = {tensor.untyped_storage().data_ptr() for tensor in chain(model.parameters(), model.buffers())}
+    few, many = (_saved_bytes(model, length, owned) for length in (PROBED_TOKENS, 2 * PROBED_TOKENS))
+    each = max(0.0, (many - few) / PROBED_TOKENS)
+    return max(0.0, few - each * PROBED_TOKENS), max(each, 1.0)
+
+
+def _saved_bytes(model: PreTrainedModel, length: int, owned: set[int]) -> int:
+    """Return the bytes of the tensors that a forward pass over `length` tokens saves, each storage once."""
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # the tensor itself would keep the graph that it belongs to alive for ever
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = final_hidden(model, torch.zeros(1, length, dtype=torch.int64, device=model.device))
+    del hidden
+    return sum(saved.values())
 
 
 def checkpoint_blocks(model: PreTrainedModel, blocks: list[nn.Module]) -> None:
@@ -153,4 +213,4 @@ def checkpoint_blocks(model: PreTrainedModel, blocks: list[nn.Module]) -> None:
 def enable_checkpointing(model: PreTrainedModel, *, use_reentrant: bool = False) -> None:
     """Switch on Hugging Face's checkpointing by its name in this version of transformers; 5.23 warns at the old one."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": use_reentrant})
+    enable({"use_reentrant": use_reentrant, "preserve_rng_state": False})  # nothing here draws random numbers

@@ -17,10 +17,13 @@ from qrealign.calibrate.teachers import (
     teach_refusals,
     teach_text,
 )
+from qrealign.models.device import free_bytes
 from qrealign.pipeline.context import RunContext
 from qrealign.pipeline.references import store_maxima, teach_contrast, teach_preference
 
-TEACHER_BATCH = 32
+TEACHER_BATCH = 32  # prompts answered at once where memory is short
+MOST_ANSWERED = 256
+CACHE_SHARE = 0.15  # of the weights' bytes, or of the free memory: what the keys and values of a batch may take
 
 
 def run_teaching(context: RunContext) -> None:
@@ -42,32 +45,50 @@ def teacher_file(context: RunContext) -> Path:
     return context.workspace.state / "teachers.safetensors"
 
 
+def teacher_batch(context: RunContext, settings: CalibrationSettings) -> int:
+    """Return how many prompts a teacher answers at once: on a GPU, where a batch costs hardly more than one prompt,
+
+    as many as keep their keys and values inside `CACHE_SHARE`. One that does not fit after all is halved.
+    """
+    if context.device.type != "cuda":
+        return TEACHER_BATCH
+    source, pool = context.finetuned, context.pool
+    config, tokens = source.config, settings.sequence_length + max(settings.refusal_tokens, settings.benign_tokens)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    prompt_bytes = 2 * source.num_blocks * heads * width * tokens * pool.dtype.itemsize
+    allowed = CACHE_SHARE * min(pool.resident_bytes(source), free_bytes(context.device))
+    return max(TEACHER_BATCH, min(MOST_ANSWERED, int(allowed / prompt_bytes)))
+
+
 def _teach(context: RunContext, settings: CalibrationSettings) -> TeacherCache:
     """Return the samples of the behaviour objective: the aligned model refuses, the fine-tuned one does the rest."""
     pool = context.pool
     assert context.aligned is not None
+    batch_size = teacher_batch(context, settings)
     aligned = pool.full_precision("aligned", context.aligned)
     refusals = teach_refusals(
         aligned,
         context.calibration_encoder,
         context.data.calibration.malicious,
         answer_tokens=settings.refusal_tokens,
-        batch_size=TEACHER_BATCH,
+        batch_size=batch_size,
         progress=context.progress("teach: the aligned model refuses"),
     )
     aligned_head = aligned.get_output_embeddings().weight.detach()
-    finetuned = pool.full_precision("finetuned", context.finetuned)
+    del aligned  # two models of billions of weights are never held at once
+    finetuned = pool.full_precision("finetuned", context.finetuned, instead_of="aligned")
     late = teach_recovery(
         finetuned,
         context.calibration_encoder,
         refusals,
         share=settings.recovery_share,
-        begun_tokens=settings.recovery_tokens,
+        begun_tokens=(settings.recovery_least, settings.recovery_tokens),
         seed=settings.seed,
-        batch_size=TEACHER_BATCH,
+        batch_size=batch_size,
         progress=context.progress("teach: the fine-tuned model begins to comply"),
     )
-    behaviour = _teach_benign(context, settings, finetuned)
+    behaviour = _teach_benign(context, settings, finetuned, batch_size)
     if settings.transform_learning_rate:
         store_maxima(context, finetuned, [sample.input_ids for sample in behaviour])
     same_head = torch.equal(aligned_head, finetuned.get_output_embeddings().weight)
@@ -75,7 +96,7 @@ def _teach(context: RunContext, settings: CalibrationSettings) -> TeacherCache:
 
 
 def _teach_benign(
-    context: RunContext, settings: CalibrationSettings, finetuned: PreTrainedModel
+    context: RunContext, settings: CalibrationSettings, finetuned: PreTrainedModel, batch_size: int
 ) -> list[TeacherSample]:
     """Return the fine-tuned model's samples on ordinary and task prompts, borderline prompts and running text."""
     prompts, encoder = context.data.calibration, context.calibration_encoder
@@ -89,24 +110,24 @@ def _teach_benign(
             encoder,
             some,
             answer_tokens=settings.benign_tokens,
-            batch_size=TEACHER_BATCH,
+            batch_size=batch_size,
             progress=context.progress(f"teach: the fine-tuned model answers {name}"),
             decision_share=settings.decision_share,
             weight=weight,
         )
     windows = _windows(context, settings)
-    return samples + teach_text(finetuned, encoder, windows, weight=settings.text_weight, batch_size=TEACHER_BATCH)
+    return samples + teach_text(finetuned, encoder, windows, weight=settings.text_weight, batch_size=batch_size)
 
 
 def _windows(context: RunContext, settings: CalibrationSettings) -> list[list[int]]:
     """Return windows of `sequence_length` token ids of running text, joined end to end.
 
-    The prompts serve as text too: without the chat template, they keep the model as it is outside of conversations,
-    where late refusals would otherwise show.
+    Harmless prompts serve as text too: without the chat template, they keep the model as it is outside of
+    conversations, where late refusals would otherwise show. Malicious ones would undo what is learned from them.
     """
     tokenizer, length = context.calibration_encoder.tokenizer, settings.sequence_length
     prompts = context.data.calibration
-    texts = [prompt.text for prompt in (*prompts.text, *prompts.malicious, *prompts.harmless())]
+    texts = [prompt.text for prompt in (*prompts.text, *prompts.harmless())]
     stream: list[int] = []
     for ids in tokenizer([f"{text}\n" for text in texts], add_special_tokens=False, verbose=False).input_ids:
         stream += ids

@@ -22,11 +22,11 @@ class Workspace:
     """The folder of one run.
 
     `model/` and `report.*` are the results; `state/` holds what a resumed run needs. A stage that has ended leaves
-    `state/<stage>.done.json` with its cost, and is not run again.
+    `state/<stage>.done.json` with its cost, and is not run again; with `writes` False another process leaves it.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, *, writes: bool = True) -> None:
+        self.directory, self.writes = directory, writes
         self.state = directory / "state"
         self.model = directory / "model"
 
@@ -92,7 +92,8 @@ class Workspace:
         """
         with meter.stage(name):
             yield
-        write_json(self.state / f"{name}.done.json", asdict(meter.stages[-1]))
+        if self.writes:
+            write_json(self.state / f"{name}.done.json", asdict(meter.stages[-1]))
 
     @contextmanager
     def once(self, name: str, meter: ResourceMeter) -> Iterator[None]:

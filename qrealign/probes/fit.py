@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _MIN_SPREAD = 1e-6
 _TOLERANCE = 1e-3
 _MAX_ITERATIONS = 2000
+_WIDE_NUMBERS = 500_000  # in one block's features: above it a fit takes longer than a process takes to start
 
 
 def fit_probes(
@@ -61,7 +63,13 @@ def fit_probes(
         from tqdm import tqdm
 
         blocks = tqdm(blocks, desc=progress, unit="block", leave=False)
-    fitted = [_fit_block(states[block].double().numpy(), target, splits, seed) for block in blocks]
+    from joblib import Parallel, delayed
+
+    # One block's fit is one thread's work: seconds at the width of a 7B, so there the blocks share the cores.
+    jobs = min(_cores(), len(states)) if states[0].numel() >= _WIDE_NUMBERS else 1
+    fitted = Parallel(n_jobs=jobs)(
+        delayed(_fit_block)(states[block].double().numpy(), target, splits, seed) for block in blocks
+    )
     weight = torch.stack([torch.from_numpy(w) for w, _, _ in fitted]).float()
     bias = torch.tensor([b for _, b, _ in fitted], dtype=torch.float32)
     malicious = states[:, torch.from_numpy(target == 1)].float()
@@ -69,6 +77,11 @@ def fit_probes(
     temperature = logits.abs().median(dim=1).values.clamp(min=_MIN_SPREAD)
     probe = SafetyProbe(weight=weight, bias=bias, temperature=temperature, fits=[fit for _, _, fit in fitted])
     return probe, probe.accuracies
+
+
+def _cores() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _checked_labels(labels: Tensor | Sequence[int | None], count: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -39,23 +40,31 @@ class LowRankEdit(nn.Module):
         return edit if self.mask is None else edit * self.mask
 
     def norm(self) -> Tensor:
-        """Return the unmasked edit's Frobenius norm from the two r x r Gram matrices, without forming the edit."""
-        gram = (self.left.T @ self.left) * (self.right @ self.right.T)
-        return gram.sum().clamp(min=0).sqrt()
+        """Return the unmasked edit's Frobenius norm."""
+        return _norm(self.left, self.right)
 
-    @torch.no_grad()
-    def project(self) -> None:
-        """Shrink the edit onto its budget if it has left it."""
-        limit = self.budget * self.weight_norm
-        self.left.mul_((limit / self.norm().clamp(min=1e-12)).clamp(max=1.0))
+
+@torch.no_grad()
+def project_edits(edits: Iterable[LowRankEdit]) -> None:
+    """Shrink every edit that has left its budget onto it; those of one shape together, in a handful of kernels."""
+    by_shape: dict[tuple[torch.Size, torch.Size], list[LowRankEdit]] = {}
+    for edit in edits:
+        by_shape.setdefault((edit.left.shape, edit.right.shape), []).append(edit)
+    for alike in by_shape.values():
+        left, right = (torch.stack([getattr(edit, side) for edit in alike]) for side in ("left", "right"))
+        limit = torch.stack([edit.budget * edit.weight_norm for edit in alike])
+        shrunk = left * (limit / _norm(left, right).clamp(min=1e-12)).clamp(max=1.0)[:, None, None]
+        torch._foreach_copy_([edit.left for edit in alike], list(shrunk.unbind()))
+
+
+def _norm(left: Tensor, right: Tensor) -> Tensor:
+    """Return `norm(left @ right)` over the last two dimensions from the r x r Gram matrices, no product formed."""
+    gram = (left.mT @ left) * (right @ right.mT)
+    return gram.sum(dim=(-2, -1)).clamp(min=0).sqrt()
 
 
 class _EditedLinear(torch.autograd.Function):
-    """A linear product whose weight is passed straight through to the two factors of its edit.
-
-    The gradient of the weight, `[N, K]`, is never formed: `d_left = dY^T (X right^T)` and `d_right = (dY left)^T X`
-    take `r / K` and `r / N` of its work.
-    """
+    """A linear product whose weight is passed straight through to the two factors of its edit."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -65,10 +74,30 @@ class _EditedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor]:
         x, weight, left, right = ctx.saved_tensors
-        rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
-        d_left = rows.T @ (inputs @ right.T.to(x.dtype))
-        d_right = (rows @ left.to(grad.dtype)).T @ inputs
-        return grad @ weight, None, None, d_left.to(left.dtype), d_right.to(right.dtype)
+        d_left, d_right = low_rank_gradients(grad.flatten(0, -2), x.flatten(0, -2), left, right)
+        return grad @ weight, None, None, d_left, d_right
+
+
+def low_rank_gradients(
+    grad: Tensor, x: Tensor, left: Tensor, right: Tensor, x_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of an edit's factors, `left` `[N, r]` and `right` `[r, K]`, in their dtype.
+
+    The gradient of the weight, `[N, K]`, is never formed: `d_left = dY^T (X right^T)` and `d_right = (dY left)^T X`
+    take `r / K` and `r / N` of its work.
+
+    Args:
+        grad: `[M, N]`, dY, in the compute dtype.
+        x: `[M, K]`, what the product read, or its int8 codes.
+        left, right: the factors.
+        x_scale: `[M, 1]` float32, units of a code, where `x` holds codes.
+    """
+    dtype = grad.dtype
+    x = x.to(dtype)
+    into, out_of = x @ right.T.to(dtype), grad @ left.to(dtype)  # [M, r]
+    if x_scale is not None:
+        into, out_of = (into * x_scale).to(dtype), (out_of * x_scale).to(dtype)
+    return (grad.T @ into).to(left.dtype), (out_of.T @ x).to(right.dtype)
 
 
 def edited_linear(x: Tensor, weight: Tensor, bias: Tensor | None, edit: LowRankEdit) -> Tensor:

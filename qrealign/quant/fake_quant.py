@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from qrealign.config import QuantScheme
 from qrealign.quant.clipping import LearnableWeightClipping
+from qrealign.quant.coded import InputCodes, Rounding, coded_linear
 from qrealign.quant.edits import LowRankEdit, edited_linear
 from qrealign.quant.packed import QuantizedLinear
-from qrealign_kernels import fake_quant_per_token, fake_quant_weight, quantize_weight
+from qrealign_kernels import encode_weight, fake_quant_weight, quantize_weight
 
 
 class _GridArguments(TypedDict):
@@ -31,14 +32,18 @@ class FakeQuantLinear(nn.Module):
     """A linear layer whose weight and input pass through the quantization grid, straight-through in the backward.
 
     The weight of the forward pass is `grid(weight * column_scale / row_divisor + edit)`. Everything learned is
-    optional: `clipping` and `edit` are submodules, `bias_edit` `[N]` is added to the bias; the three vectors of an
+    optional: `clipping` and `edit` are submodules, `bias_edit` `[N]` is added to the bias; the two vectors of an
     equivalent transform are live tensors that `quant.transform` sets while it trains (`column_scale` `[K]`,
-    `row_divisor` `[N]`, `input_divisor` `[K]`).
+    `row_divisor` `[N]`).
 
-    With `quantize` False the layer computes what the original linear computes, bit for bit.
+    With `quantize` False the layer computes what the original linear computes, bit for bit. With `coded` True an edit
+    that learns alone is computed by `quant.coded`, which keeps no copy of the weight for the backward pass; None, the
+    default, does so on a GPU. `inputs` is shared by the linears that may read the same tensor.
     """
 
-    def __init__(self, linear: nn.Linear, scheme: QuantScheme, scale_dtype: torch.dtype) -> None:
+    def __init__(
+        self, linear: nn.Linear, scheme: QuantScheme, scale_dtype: torch.dtype, inputs: InputCodes | None = None
+    ) -> None:
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
@@ -46,12 +51,13 @@ class FakeQuantLinear(nn.Module):
         self.scheme = scheme
         self.scale_dtype = scale_dtype
         self.quantize = True
+        self.coded: bool | None = None
+        self.inputs = inputs or InputCodes()
         self.clipping: LearnableWeightClipping | None = None
         self.edit: LowRankEdit | None = None
         self.bias_edit: nn.Parameter | None = None
         self.column_scale: Tensor | None = None
         self.row_divisor: Tensor | None = None
-        self.input_divisor: Tensor | None = None
 
     def float_weight(self) -> Tensor:
         """Return the weight before the grid, `[N, K]` float32, transform and edit included."""
@@ -86,32 +92,61 @@ class FakeQuantLinear(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.input_divisor is not None:
-            x = x / self.input_divisor.to(x.dtype)
-        if self.quantize and self.scheme.activations is not None:
-            x = fake_quant_per_token(x, num_bits=self.scheme.activations.num_bits)
         bias = self.float_bias()
         bias = None if bias is None else bias.to(x.dtype)
+        if self.edit is not None and self.is_coded():
+            return coded_linear(x, self.weight, bias, self.edit, self._rounding(), self.inputs)
+        if self.quantize and self.scheme.activations is not None:
+            x = self.inputs.fake(x, self.scheme.activations.num_bits)
         if self.edit is None or not self._only_edit_learns():
-            return F.linear(x, self._forward_weight().to(x.dtype), bias)
+            return F.linear(x, self._forward_weight(x.dtype), bias)
         with torch.no_grad():
-            weight = self._forward_weight().to(x.dtype)
+            weight = self._forward_weight(x.dtype)
         return edited_linear(x, weight, bias, self.edit)
 
-    def _forward_weight(self) -> Tensor:
-        """Return the weight of the forward pass, `[N, K]` float32."""
-        weight = self.float_weight()
-        return fake_quant_weight(weight, **self._grid_arguments()) if self.quantize else weight
+    def _forward_weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight of the forward pass, `[N, K]` in `dtype`.
+
+        The op transforms and edits the weight on its way to the grid; a masked edit it cannot take.
+        """
+        if not self.quantize:
+            return self.float_weight().to(dtype)
+        if self.edit is not None and self.edit.mask is not None:
+            return fake_quant_weight(self.float_weight(), **self._grid_arguments(), out_dtype=dtype)
+        return fake_quant_weight(self.weight, **self._grid_arguments(), **self._changes(), out_dtype=dtype)
+
+    def _changes(self) -> dict[str, Tensor | None]:
+        """Return the transform and an unmasked edit, as the ops' keyword arguments."""
+        left, right = (None, None) if self.edit is None else (self.edit.left, self.edit.right)
+        return {"column_scale": self.column_scale, "row_divisor": self.row_divisor, "left": left, "right": right}
 
     def _only_edit_learns(self) -> bool:
         """Whether an unmasked edit is all that the layer's gradient has to reach."""
         others = (self.clipping, self.column_scale, self.row_divisor, self.bias_edit)
         return self.edit is not None and self.edit.mask is None and all(other is None for other in others)
 
+    def is_coded(self) -> bool:
+        """Whether the product is that of `quant.coded`."""
+        wanted = self.weight.is_cuda if self.coded is None else self.coded
+        return wanted and self.quantize and self._only_edit_learns()
+
+    def _rounding(self) -> Rounding:
+        weights, activations = self.scheme.weights, self.scheme.activations
+        return Rounding(
+            num_bits=weights.num_bits,
+            group_size=weights.group_size,
+            symmetric=weights.symmetric,
+            scale_dtype=self.scale_dtype,
+            activation_bits=None if activations is None else activations.num_bits,
+        )
+
     @torch.no_grad()
     def freeze(self) -> QuantizedLinear:
         """Return the frozen layer with exactly the codes that the forward pass uses."""
-        codes, scale, zero_point = quantize_weight(self.float_weight(), **self._grid_arguments())
+        if self.edit is not None and self.edit.mask is not None:
+            codes, scale, zero_point = quantize_weight(self.float_weight(), **self._grid_arguments())
+        else:
+            codes, scale, zero_point = encode_weight(self.weight, **self._grid_arguments(), **self._changes())
         bias = self.float_bias()
         bias = None if bias is None else bias.detach().to(self.scale_dtype).to(bias.dtype)
         return QuantizedLinear(codes, scale, zero_point, bias, self.scheme)
@@ -146,7 +181,8 @@ def swap_linears(
 
     `scale_dtype` is the dtype that the checkpoint stores scales in; codes are computed from scales rounded to it.
     """
-    return replace_modules(block, nn.Linear, lambda linear: FakeQuantLinear(linear, scheme, scale_dtype), skip)  # type: ignore[return-value]
+    inputs = InputCodes()
+    return replace_modules(block, nn.Linear, lambda linear: FakeQuantLinear(linear, scheme, scale_dtype, inputs), skip)  # type: ignore[return-value]
 
 
 def fake_quant_linears(block: nn.Module) -> dict[str, FakeQuantLinear]:

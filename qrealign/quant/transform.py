@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qrealign.arch import BlockSpec, FoldSite, Heads, Part, SiteName
@@ -17,10 +19,51 @@ _MAX_SCALE = 1e2
 _MIN_STATISTIC = 1e-5
 
 
+@dataclass(frozen=True)
+class _Spread:
+    """Which learned value each row or column of a tensor takes.
+
+    `index` is `[rows]` int64; `ties`, `[size, most]`, holds the rows of each value, filled up with `rows`, or is None
+    where values and rows are one to one and in order.
+    """
+
+    index: Tensor
+    ties: Tensor | None
+
+    @classmethod
+    def of(cls, index: Tensor, size: int, device: torch.device) -> _Spread:
+        """Work out the ties of an index on the host and put both on `device`."""
+        if torch.equal(index, torch.arange(size)):
+            return cls(index.to(device), None)
+        counts = torch.bincount(index, minlength=size)
+        value, order = index.sort(stable=True)
+        ties = torch.full((size, int(counts.max())), len(index))
+        ties[value, torch.arange(len(index)) - (counts.cumsum(0) - counts)[value]] = order
+        return cls(index.to(device), ties.to(device))
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Return `values[index]`, with autograd."""
+        return values if self.ties is None else _SpreadFunction.apply(values, self.index, self.ties)
+
+
+class _SpreadFunction(torch.autograd.Function):
+    """`values[index]` whose backward adds up ties in a fixed order; torch's own sorts the index in every step."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor, ties: Tensor) -> Tensor:
+        ctx.save_for_backward(ties)
+        return values[index]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (ties,) = ctx.saved_tensors
+        return F.pad(grad, (0, 1))[ties].sum(dim=1), None, None
+
+
 class _Site(NamedTuple):
     """A fold site of one block, resolved.
 
-    `producer_index` maps rows of the producer's part to learned values, `consumer_index` maps the consumers' columns
+    `producer_spread` maps rows of the producer's part to learned values, `consumer_spread` maps the consumers' columns
     (for `q_to_k`: the rows of the key part) to them; a slice says which rows of a linear are meant.
     """
 
@@ -28,8 +71,8 @@ class _Site(NamedTuple):
     producer: str
     consumers: tuple[str, ...]
     size: int
-    producer_index: Tensor
-    consumer_index: Tensor
+    producer_spread: _Spread
+    consumer_spread: _Spread
     producer_rows: slice
     consumer_rows: slice
 
@@ -38,8 +81,8 @@ class EquivalentTransform(nn.Module):
     """Positive scales at the fold sites of one block: the producer is divided by them, the consumers are multiplied.
 
     The block's linears must be `FakeQuantLinear`s. While training nothing is rewritten: `refresh` hands every linear
-    the vectors it needs (with autograd), and a norm stays as it is, its consumers dividing their input instead. `fold`
-    then writes the scales into norms and weights, after which the block computes the same without a transform.
+    the vectors it needs, and a norm its divided gain, with autograd, in the place of the parameter. `fold` then writes
+    the scales into norms and weights, after which the block computes the same without a transform.
 
     Attributes:
         log_scale: site key -> learned natural logarithm of the scales, float32; keys are the site names, numbered from
@@ -60,13 +103,11 @@ class EquivalentTransform(nn.Module):
         self._block = (block,)  # in a tuple, so that the block's parameters are not ours
         self._offset = spec.norm_weight_offset
         self._sites: dict[str, _Site] = {}
+        self._replaced: dict[tuple[nn.Module, str], nn.Parameter] = {}  # of norms, while attached
         device = next((parameter.device for parameter in block.parameters()), torch.device("cpu"))
         for site in spec.sites:
             if site.name in sites and _has_modules(block, site):
-                resolved = _resolve(block, site, spec.heads)
-                self._sites[_unique_key(site.name, self._sites)] = resolved._replace(
-                    producer_index=resolved.producer_index.to(device), consumer_index=resolved.consumer_index.to(device)
-                )
+                self._sites[_unique_key(site.name, self._sites)] = _resolve(block, site, spec.heads, device)
         self.log_scale = nn.ParameterDict(
             {key: nn.Parameter(torch.zeros(site.size, device=device)) for key, site in self._sites.items()}
         )
@@ -103,17 +144,16 @@ class EquivalentTransform(nn.Module):
         self._clear()
         for key, site in self._sites.items():
             scale = self.log_scale[key].exp()
-            divisor, factor = scale[site.producer_index], scale[site.consumer_index]
+            divisor, factor = site.producer_spread(scale), site.consumer_spread(scale)
             if site.name == "q_to_k":
                 self._divide_rows(site.producer, site.producer_rows, divisor)
                 self._divide_rows(site.consumers[0], site.consumer_rows, 1 / factor)
                 continue
             for name in site.consumers:
-                linear = self._linear(name)
-                linear.column_scale = factor
-                if site.name.startswith("norm"):
-                    linear.input_divisor = divisor
-            if not site.name.startswith("norm"):
+                self._linear(name).column_scale = factor
+            if site.name.startswith("norm"):
+                self._divide_norm(site.producer, divisor)
+            else:
                 self._divide_rows(site.producer, site.producer_rows, divisor)
 
     @torch.no_grad()
@@ -126,6 +166,7 @@ class EquivalentTransform(nn.Module):
                 they become float32, so that their codes are those of the last training step.
         """
         self.refresh()
+        divided = {place: getattr(*place) for place in self._replaced}
         for name in {name for site in self._sites.values() for name in (*site.consumers, site.producer)}:
             module = self._module(name)
             if isinstance(module, FakeQuantLinear):
@@ -136,20 +177,32 @@ class EquivalentTransform(nn.Module):
                 if module.bias is not None and bias is not None:
                     module.bias.copy_(_rounded(bias, storage_dtype))
                     module.bias_edit = None  # it is in the bias now
-        for key, site in self._sites.items():
-            if site.name.startswith("norm"):
-                _fold_norm(self._module(site.producer), self.log_scale[key].exp(), self._offset, storage_dtype)
         self._clear()
+        for (norm, leaf), tensor in divided.items():
+            norm.get_parameter(leaf).copy_(_rounded(tensor, storage_dtype))
 
     def detach(self) -> None:
         """Let the block compute without the transform, unfolded."""
         self._clear()
 
     def _clear(self) -> None:
-        """Remove the vectors from every linear of the block."""
+        """Remove the vectors from every linear of the block, and give the norms their parameters back."""
         for module in self._block[0].modules():
             if isinstance(module, FakeQuantLinear):
-                module.column_scale = module.row_divisor = module.input_divisor = None
+                module.column_scale = module.row_divisor = None
+        for (norm, leaf), parameter in self._replaced.items():
+            delattr(norm, leaf)
+            norm.register_parameter(leaf, parameter)
+        self._replaced.clear()
+
+    def _divide_norm(self, name: str, divisor: Tensor) -> None:
+        """Let a norm compute with its gain (`offset + weight`) and bias divided."""
+        norm = self._module(name)
+        for leaf, offset in (("weight", self._offset), ("bias", 0)):
+            parameter = norm._parameters.pop(leaf, None)
+            if parameter is not None:
+                self._replaced[norm, leaf] = parameter
+                setattr(norm, leaf, ((parameter.float() + offset) / divisor - offset).to(parameter.dtype))
 
     def _divide_rows(self, name: str, rows: slice, divisor: Tensor) -> None:
         """Divide some rows of a linear by `divisor`; the sites of a fused linear each add their part."""
@@ -187,7 +240,7 @@ def _unique_key(name: str, taken: Collection[str]) -> str:
     return name if count == 0 else f"{name}_{count + 1}"
 
 
-def _resolve(block: nn.Module, site: FoldSite, heads: Heads | None) -> _Site:
+def _resolve(block: nn.Module, site: FoldSite, heads: Heads | None, device: torch.device) -> _Site:
     """Work out how many values a site learns and which rows and columns they belong to."""
     assert heads is not None  # every row of the table with sites has them
     producer, consumer = block.get_submodule(site.producer), block.get_submodule(site.consumers[0])
@@ -205,8 +258,9 @@ def _resolve(block: nn.Module, site: FoldSite, heads: Heads | None) -> _Site:
     else:
         size = _weight(consumer).shape[1]
         producer_index = consumer_index = torch.arange(size)
+    producer_spread, consumer_spread = (_Spread.of(index, size, device) for index in (producer_index, consumer_index))
     return _Site(
-        site.name, site.producer, site.consumers, size, producer_index, consumer_index, producer_rows, consumer_rows
+        site.name, site.producer, site.consumers, size, producer_spread, consumer_spread, producer_rows, consumer_rows
     )
 
 
@@ -239,17 +293,8 @@ def _rows(part: Part | None, linear: nn.Module, heads: Heads) -> slice:
 
 def _reduce_max(channel: Tensor, site: _Site) -> Tensor:
     """Return the largest value among the consumer channels that share a learned value, `[size]`."""
-    index = site.consumer_index.to(channel.device)
+    index = site.consumer_spread.index.to(channel.device)
     return channel.new_zeros(site.size).scatter_reduce(0, index, channel, "amax").clamp(min=_MIN_STATISTIC)
-
-
-def _fold_norm(norm: nn.Module, scale: Tensor, offset: int, storage_dtype: torch.dtype | None) -> None:
-    """Divide a norm's gain (`offset + weight`) and bias by `scale`, in place."""
-    gain = _weight(norm)
-    gain.copy_(_rounded((gain.float() + offset) / scale - offset, storage_dtype))
-    bias = getattr(norm, "bias", None)
-    if isinstance(bias, Tensor):
-        bias.copy_(_rounded(bias.float() / scale, storage_dtype))
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -32,7 +32,7 @@ class InterpolationChange:
         """Return the interpolated tensor; one that the aligned model does not store stays."""
         if not tensor.is_floating_point() or name not in self.aligned.stored_names:
             return tensor
-        return interpolate(self.aligned.read_tensor(name), tensor, self.coefficient)
+        return interpolate(self.aligned.read_tensor(name).to(tensor.device), tensor, self.coefficient)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over the aligned model and the coefficient."""

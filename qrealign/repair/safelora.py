@@ -52,8 +52,8 @@ class SafeLoraChange:
         """Return `aligned + P dW` for a chosen linear's weight."""
         if name not in self.projected:
             return tensor
-        aligned = self.aligned.read_tensor(name)
-        update, _ = projected_update(self.base.read_tensor(name), aligned, tensor)
+        base, aligned = (source.read_tensor(name).to(tensor.device) for source in (self.base, self.aligned))
+        update, _ = projected_update(base, aligned, tensor)
         return (aligned.float() + update).to(tensor.dtype)
 
     def fingerprint(self) -> str:

@@ -39,14 +39,14 @@ class StoredChange:
         self.files = WeightFiles(paths)
 
     def merge(self, name: str, tensor: Tensor) -> Tensor:
-        """Return the changed tensor, in the dtype of `tensor`."""
+        """Return the changed tensor, on the device and in the dtype of `tensor`."""
         if name in self.files.tensors:
-            return self.files.read([name])[name].to(tensor.dtype)
+            return self.files.read([name])[name].to(tensor)
         left, right = (f"{name.removesuffix('.weight')}.{side}" for side in ("left", "right"))
         if not name.endswith(".weight") or left not in self.files.tensors:
             return tensor
-        factors = self.files.read([left, right])
-        return (tensor.float() + factors[left].float() @ factors[right].float()).to(tensor.dtype)
+        factors = {side: factor.to(tensor.device).float() for side, factor in self.files.read([left, right]).items()}
+        return (tensor.float() + factors[left] @ factors[right]).to(tensor.dtype)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over the files' headers and samples of their tensors."""

@@ -89,10 +89,10 @@ def test_a_repair_is_followed_by_plain_rounding(folders, tmp_path, method):
 
 def answers(output, folders):
     """Return what the packed model computes on a fixed sequence."""
+    from qrealign.pack.source import open_packed
     from qrealign.pipeline.models import ModelPool
 
-    source = open_model(folders["model"])
-    model = ModelPool(torch.device("cpu")).packed("realigned", source, parse_scheme("w8a8"), output / "model")
+    model = ModelPool(torch.device("cpu")).packed("realigned", open_packed(str(output / "model")))
     with torch.no_grad():
         return model(input_ids=torch.arange(3, 40)[None]).logits
 

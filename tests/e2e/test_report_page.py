@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from qrealign.report import write_report
+from tests.browser import BROWSER, FLAGS, NO_BROWSER
 from tests.sample_report import bare_report, full_report
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome")
-_BROWSER = os.environ.get("QREALIGN_CHROMIUM") or next((path for name in _NAMES if (path := shutil.which(name))), None)
-_FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--host-resolver-rules=MAP * ~NOTFOUND",
-    "--enable-logging=stderr",
-    "--log-level=0",
-)
+_OFFLINE = ("--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--log-level=0")
 _DARK = "--blink-settings=preferredColorScheme=0"
 
-pytestmark = pytest.mark.skipif(
-    _BROWSER is None,
-    reason="no Chromium: put chromium, chromium-browser or google-chrome on PATH, or set QREALIGN_CHROMIUM",
-)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason=NO_BROWSER)
 
 # The page forbids scripts, so what the browser laid out is asked for on a copy without that policy.
 _ASK = """<script>addEventListener("load", () => {
@@ -60,10 +42,11 @@ def _open(
     page: Path, profile: Path, *flags: str, size: tuple[int, int] = (1240, 1000)
 ) -> subprocess.CompletedProcess[str]:
     """Open a page in a fresh browser and wait for it to end."""
-    assert _BROWSER is not None
+    assert BROWSER is not None
     command = [
-        _BROWSER,
-        *_FLAGS,
+        BROWSER,
+        *FLAGS,
+        *_OFFLINE,
         f"--user-data-dir={profile}",
         f"--window-size={size[0]},{size[1]}",
         *flags,

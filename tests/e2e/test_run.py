@@ -116,15 +116,14 @@ def test_transformers_gives_the_fake_quant_models_tokens(demo_run):
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM
 
-    from qrealign.config import parse_scheme
     from qrealign.data.encode import ChatEncoder
     from qrealign.data.prompts import read_prompts
-    from qrealign.models.source import open_model
+    from qrealign.pack.source import open_packed
     from qrealign.pipeline.models import ModelPool
 
     demo = demo_paths()
-    source = open_model(str(demo.aligned), adapter=str(demo.adapter))
-    ours = ModelPool(torch.device("cpu")).packed("realigned", source, parse_scheme("w8a8"), demo_run / "model")
+    source = open_packed(str(demo_run / "model"))
+    ours = ModelPool(torch.device("cpu")).packed("realigned", source)
     theirs = AutoModelForCausalLM.from_pretrained(demo_run / "model", dtype=torch.float32).eval()
     encoder = ChatEncoder(source.tokenizer(), max_length=256)
     texts = [
@@ -205,7 +204,7 @@ def test_interrupt_is_clean(tmp_path):
     assert "continues where it stopped" in error and "Traceback" not in error
 
 
-def test_streamed_blocks_give_the_same_bits(tmp_path, monkeypatch):
+def test_streamed_blocks_give_the_same_bits(tmp_path):
     """A model that does not fit is trained, packed and read with its weights streamed, to the same result."""
     flags = [
         *model_flags(),
@@ -222,8 +221,7 @@ def test_streamed_blocks_give_the_same_bits(tmp_path, monkeypatch):
         "cpu",
     ]
     assert main([*flags, "--output", str(tmp_path / "resident")]) == 0
-    monkeypatch.setattr("qrealign.pipeline.models.RESIDENT_SHARE", 0.0)
-    assert main([*flags, "--output", str(tmp_path / "streamed")]) == 0
+    assert main([*flags, "--memory", "streamed", "--output", str(tmp_path / "streamed")]) == 0
     expected, found = weights(tmp_path / "resident"), weights(tmp_path / "streamed")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)

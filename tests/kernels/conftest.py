@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 import qrealign_kernels as kernels
 from qrealign_kernels import backend
@@ -19,3 +20,15 @@ def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     device = "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
     with kernels.use_backend(request.param), torch.device(device):
         yield request.param
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what is allocated with NaN, or 85 in integers: what a kernel leaves out stays visible."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 85)
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))

@@ -112,7 +112,7 @@ def test_extension_that_is_missing_or_broken_keeps_its_reason(monkeypatch: pytes
         None,
         "qrealign_kernels._absent is not built (no build was attempted)",
     )
-    note.write_text("left out: no compiler\n")
+    note.write_text("_C: built\n_absent: left out: no compiler\n")
     assert native.load_extension("_absent")[1] == "qrealign_kernels._absent is not built (left out: no compiler)"
 
     def fail(name: str) -> None:
@@ -124,7 +124,16 @@ def test_extension_that_is_missing_or_broken_keeps_its_reason(monkeypatch: pytes
 
 def test_build_info_names_every_backend() -> None:
     info = kernels.build_info()
-    assert set(info) == {"triton", "cpu", "reference", "torch", "triton_version", "cpu_isa"}
+    assert set(info) == {
+        "triton",
+        "cpu",
+        "reference",
+        "cuda_kernels",
+        "cpu_isa",
+        "cpu_linear_isa",
+        "torch",
+        "triton_version",
+    }
     assert info["reference"] == "usable"
 
 

@@ -91,20 +91,11 @@ def test_gradients_are_deterministic(each_backend: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_every_element_is_written(each_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs are allocated full of NaN: what a kernel leaves out stays visible."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poison(tensor: Tensor) -> Tensor:
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+def test_every_element_is_written(each_backend: str, poisoned_memory: None) -> None:
     weight, low, high = (tensor.requires_grad_() for tensor in make_case(5, 70, 35))
     fake = kernels.fake_quant_weight(weight, low, high, num_bits=4, group_size=35)
     grads = torch.autograd.grad(fake.sum(), (weight, low, high))
     assert all(torch.isfinite(tensor).all() for tensor in (fake, *grads))
-    assert torch.isfinite(kernels.fake_quant_per_token(torch.randn(3, 70))).all()
 
 
 def test_nothing_clipped_passes_the_gradient_unchanged() -> None:

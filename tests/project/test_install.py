@@ -33,7 +33,7 @@ def build_wheel(folder: Path, **environment: str) -> tuple[list[str], str]:
 @pytest.fixture(scope="module")
 def without_compiler(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], str]:
     """Build a wheel where every compilation fails."""
-    return build_wheel(tmp_path_factory.mktemp("wheel"), CC="/bin/false", CXX="/bin/false", QREALIGN_BUILD="auto")
+    return build_wheel(tmp_path_factory.mktemp("wheel"), CC="/bin/false", CXX="/bin/false", CUDA_HOME="/absent")
 
 
 def test_wheel_installs_exactly_two_packages(without_compiler: tuple[list[str], str]) -> None:
@@ -57,8 +57,10 @@ def test_wheel_holds_every_module_and_data_file(without_compiler: tuple[list[str
 def test_failing_compiler_costs_the_extension_and_leaves_a_note(without_compiler: tuple[list[str], str]) -> None:
     names, note = without_compiler
     assert not any(name.endswith(".so") for name in names)
-    assert note.startswith("left out: ")
-    assert "false" in note
+    cpu, cuda = note.splitlines()
+    assert cpu.startswith("_C: left out: ")
+    assert "false" in cpu
+    assert cuda.startswith("_C_cuda: left out: no CUDA toolkit: ")
 
 
 def test_extension_that_is_insisted_on_fails_without_a_compiler(tmp_path: Path) -> None:
@@ -66,6 +68,11 @@ def test_extension_that_is_insisted_on_fails_without_a_compiler(tmp_path: Path) 
         build_wheel(tmp_path, CC="/bin/false", CXX="/bin/false", QREALIGN_BUILD="cpu")
 
 
+def test_kernels_that_are_insisted_on_fail_without_a_toolkit(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="no CUDA toolkit"):
+        build_wheel(tmp_path, CUDA_HOME="/absent", QREALIGN_BUILD="cuda")
+
+
 def test_unknown_build_mode_is_named(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="QREALIGN_BUILD must be off, cpu or auto, got 'maybe'"):
+    with pytest.raises(AssertionError, match="QREALIGN_BUILD must be off, cpu, cuda or auto, got 'maybe'"):
         build_wheel(tmp_path, QREALIGN_BUILD="maybe")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qrealign.config import QuantScheme, parse_scheme
@@ -48,3 +49,17 @@ def write(source: ModelSource, scheme: QuantScheme, model: nn.Module, directory:
         writer.add_block(index, block)
     writer.add_outer(source.outer_state())
     return writer.finish({"method": "rtn"})
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return every tensor of a checkpoint."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Apply `change` to the tensors of a checkpoint, and write it as a single file."""
+    tensors = stored_tensors(folder)
+    change(tensors)
+    for file in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
+        file.unlink(missing_ok=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})

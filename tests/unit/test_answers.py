@@ -123,16 +123,16 @@ def test_sampled_answers_differ_by_seed_and_not_by_batch(model, encoder):
 
 
 def test_draws_follow_the_distribution():
-    from qrealign.data.generate import _draw
+    from qrealign.data.generate import draw_tokens
 
     logits = torch.tensor([[0.0, 1.0, 2.0, -30.0]])
     count = 20000
     uniforms = Sampling(seed=3).uniforms([(1,)], count)[0]
-    drawn = _draw(logits.expand(count, -1), 1.0, uniforms)
+    drawn = draw_tokens(logits.expand(count, -1), 1.0, uniforms)
     shares = torch.bincount(drawn, minlength=4) / count
     assert torch.allclose(shares, logits[0].softmax(0), atol=0.015)
     nan = torch.full((1, 4), float("nan"))
-    assert _draw(nan, 1.0, torch.tensor([0.5])).item() in range(4)
+    assert draw_tokens(nan, 1.0, torch.tensor([0.5])).item() in range(4)
 
 
 def test_seeds_give_means_and_a_value_each(model, encoder):

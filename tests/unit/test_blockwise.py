@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qrealign.calibrate.blockwise import BlockwiseCalibrator, Streams, Target
+from qrealign.calibrate.blockwise import BlockwiseCalibrator, Target
 from qrealign.calibrate.methods import method_settings
-from qrealign.calibrate.streams import Inputs
+from qrealign.calibrate.streams import Inputs, Streams
 from qrealign.config import parse_scheme
 from qrealign.data.capture import capture_block_inputs, run_block
 from qrealign.errors import CalibrationDivergedError

@@ -57,11 +57,12 @@ def student(model_type="llama", settings=SETTINGS, scheme="w8a8"):
     return model, Trainable(contexts)
 
 
-def calibrator(tmp_path, settings=SETTINGS, name="state"):
+def calibrator(tmp_path, settings=SETTINGS, name="state", **options):
     aligned, finetuned = (tiny_model("llama", seed=seed, vocab_size=TOKENIZER_VOCAB) for seed in (2, 1))
     model, trainable = student(settings=settings)
     objective = BehaviourObjective(cache_of(aligned, finetuned), settings, pad_id=0, device=model.device)
-    return EndToEndCalibrator(model, trainable, objective, settings, state_path=tmp_path / f"{name}.safetensors")
+    state = tmp_path / f"{name}.safetensors"
+    return EndToEndCalibrator(model, trainable, objective, settings, state_path=state, **options)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -112,18 +113,27 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
 
 def test_divergence_restores_halves_and_then_stops(tmp_path, monkeypatch):
     runner = calibrator(tmp_path)
-    original, calls = runner.objective.losses, {"bad": 1}
+    original, take, calls, taken = runner.objective.losses, runner._step, {"bad": 1}, []
+
+    def step(number):
+        taken.append(number)
+        return take(number)
 
     def losses(model, samples, counts):
         values = original(model, samples, counts)
-        if runner.curve and runner.curve[-1].step == 12 and calls["bad"]:
+        if taken[-1] == 13 and calls["bad"]:
             calls["bad"] -= 1
             values["benign"] = values["benign"] * float("nan")
         return values
 
+    monkeypatch.setattr(runner, "_step", step)
     monkeypatch.setattr(runner.objective, "losses", losses)
     curve = runner.run(progress=None)
     assert runner.trainable.rate_factor == 0.5 and [point.step for point in curve] == list(range(SETTINGS.steps))
+    assert taken == [
+        *range(20),
+        *range(10, SETTINGS.steps),
+    ]  # found when the losses are read, and taken back from there
     calls["bad"] = 10**6
     runner.state_path.unlink()
     runner.curve = []

@@ -6,7 +6,7 @@ from torch import nn
 
 from qrealign.config import parse_scheme
 from qrealign.quant.clipping import LearnableWeightClipping
-from qrealign.quant.edits import LowRankEdit
+from qrealign.quant.edits import LowRankEdit, project_edits
 from qrealign.quant.fake_quant import fake_quant_linears, freeze_linears, quantized_linears, set_quantize, swap_linears
 from qrealign.quant.packed import QuantizedLinear
 
@@ -100,11 +100,11 @@ def test_edit_starts_at_zero_and_keeps_its_budget():
     assert not edit.delta().any()
     nn.init.normal_(edit.left)
     assert torch.allclose(edit.norm(), torch.linalg.matrix_norm(edit.delta()), rtol=1e-5)
-    edit.project()
+    project_edits([edit])
     assert float(edit.norm()) == pytest.approx(0.05 * float(torch.linalg.matrix_norm(weight)), rel=1e-4)
     inside = edit.left.clone()
     edit.left.data.mul_(0.5)
-    edit.project()
+    project_edits([edit])
     assert torch.equal(edit.left, 0.5 * inside)
 
 

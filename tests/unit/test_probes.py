@@ -6,10 +6,12 @@ import json
 import warnings
 from types import SimpleNamespace
 
+import joblib
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+import qrealign.probes.fit as fitting
 from qrealign.errors import CheckpointFormatError, DataError, ModelError
 from qrealign.probes import (
     SafetyProbe,
@@ -117,6 +119,16 @@ def test_fit_is_deterministic_and_shows_progress(capsys: pytest.CaptureFixture[s
     second, _ = fit_probes(states, labels.tolist(), seed=5, progress="probes")
     assert torch.equal(first.weight, second.weight)
     assert "probes" in capsys.readouterr().err
+
+
+def test_wide_blocks_are_fitted_side_by_side_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, labels = _separable(blocks=3)
+    alone, _ = fit_probes(states, labels, seed=0)
+    monkeypatch.setattr(fitting, "_WIDE_NUMBERS", 1)
+    monkeypatch.setattr(fitting, "_cores", lambda: 2)
+    with joblib.parallel_config(backend="multiprocessing"):  # its forks start in no time
+        together, _ = fit_probes(states, labels, seed=0)
+    assert torch.equal(alone.weight, together.weight) and alone.fits == together.fits
 
 
 def test_older_scikit_learn_is_asked_for_l1_by_name() -> None:

@@ -11,6 +11,7 @@ from qrealign.data.encode import ChatEncoder
 from qrealign.models.source import open_model
 from qrealign.models.streaming import is_streamed, stream_blocks
 from qrealign.pipeline import probing
+from qrealign.pipeline.models import ModelPool
 from qrealign.pipeline.probing import STATE_BATCH, STREAMED_SHARE, state_batch
 from qrealign.probes.states import collect_last_states
 from tests.helpers import tiny_checkpoint
@@ -59,3 +60,15 @@ def test_a_streamed_model_reads_its_blocks_once(context, source, encoder, monkey
         monkeypatch.setattr(probing, "free_bytes", lambda _device: 0)
         assert state_batch(context, model, encoder, PROMPTS) == STATE_BATCH
     assert not is_streamed(model, source.spec)
+
+
+@pytest.mark.parametrize(
+    ("engine", "memory", "streams"),
+    [("blockwise", "auto", True), ("blockwise", "resident", False), ("endtoend", "auto", False)],
+)
+def test_who_holds_one_block_reads_the_probe_s_model_block_by_block(context, source, engine, memory, streams):
+    context.settings, context.options = SimpleNamespace(engine=engine), SimpleNamespace(memory=memory)
+    context.pool = ModelPool(torch.device("cpu"), memory)
+    pool = probing._pool(context)
+    assert is_streamed(pool.full_precision("aligned", source), source.spec) == streams
+    assert (pool is context.pool) == (not streams)

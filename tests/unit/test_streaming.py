@@ -98,7 +98,7 @@ def test_checkpointing_is_enabled_without_a_warning_by_either_name(source):
         enable_checkpointing(model)
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     enable_checkpointing(SimpleNamespace(gradient_checkpointing_enable=asked.append), use_reentrant=True)
-    assert asked == [{"use_reentrant": True}]
+    assert asked == [{"use_reentrant": True, "preserve_rng_state": False}]
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

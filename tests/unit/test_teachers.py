@@ -11,7 +11,7 @@ from qrealign.models.source import open_model
 from tests.helpers import tiny_checkpoint, tiny_tokenizer
 
 PROMPTS = [Prompt(text=f"prompt number {i} of some length" + "!" * i) for i in range(8)]
-LATE = {"begun_tokens": 4, "batch_size": 3, "progress": None}
+LATE = {"begun_tokens": (1, 4), "batch_size": 3, "progress": None}
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from qrealign.config import parse_scheme
 from qrealign.data.capture import capture_block_inputs, run_block
 from qrealign.models.experts import split_experts
 from qrealign.quant.fake_quant import freeze_linears, set_quantize, swap_linears
-from qrealign.quant.transform import DEFAULT_SITES, EquivalentTransform
+from qrealign.quant.transform import DEFAULT_SITES, EquivalentTransform, _Spread
 from tests.helpers import MODEL_TYPES, random_batch, tiny_model
 
 ALL_SITES = (*DEFAULT_SITES, "up_to_down")
@@ -64,6 +64,7 @@ def test_grids_off_equals_the_original_block_bit_for_bit(model_type, overrides):
 def test_transform_cancels_attached_and_folded(model_type, overrides):
     for block, swapped, hidden, kwargs, spec in swapped_blocks(model_type, overrides):
         expected = run_block(block, hidden, kwargs)
+        names = [*dict(swapped.named_parameters())]
         transform = EquivalentTransform(swapped, spec, sites=ALL_SITES)
         assert len(transform.log_scale) > 0
         randomise_scales(transform)
@@ -72,11 +73,10 @@ def test_transform_cancels_attached_and_folded(model_type, overrides):
         transform.fold()
         torch.testing.assert_close(run_block(swapped, hidden, kwargs), expected, atol=3e-5, rtol=2e-5)
         assert all(
-            getattr(module, "column_scale", None) is None
-            and getattr(module, "input_divisor", None) is None
-            and getattr(module, "row_divisor", None) is None
+            getattr(module, "column_scale", None) is None and getattr(module, "row_divisor", None) is None
             for module in swapped.modules()
         )
+        assert [*dict(swapped.named_parameters())] == names
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "opt", "phi3"])
@@ -190,3 +190,17 @@ def test_block_with_plain_linears_is_refused():
     transform = EquivalentTransform(model.get_submodule("model.layers.0"), block_spec(model.config))
     with pytest.raises(TypeError, match="swap the block's linears"):
         transform.attach()
+
+
+def test_tied_values_get_the_sum_of_their_gradients():
+    """As torch's own indexing does it, for values with one, two and no rows."""
+    index = torch.tensor([1, 0, 1, 3])
+    weights, ours, theirs = torch.randn(4), torch.randn(4, requires_grad=True), torch.zeros(4, requires_grad=True)
+    with torch.no_grad():
+        theirs.copy_(ours)
+    spread = _Spread.of(index, 4, torch.device("cpu"))
+    assert torch.equal(spread(ours), theirs[index])
+    (spread(ours) * weights).sum().backward()
+    (theirs[index] * weights).sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)
+    assert _Spread.of(torch.arange(4), 4, torch.device("cpu"))(ours) is ours

@@ -1,0 +1,116 @@
+"""The measured rows on disk, as tables of the documentation, and as headline figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.docs import markdown_table, put_table
+from benchmarks.summary import SUMMARY, provenance, record
+from qrealign.files import write_text
+
+if TYPE_CHECKING:
+    from benchmarks.decode.measure import Row
+
+RESULTS = Path(__file__).parents[1] / "results"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "deploy.md"
+ROWS, TABLE = "decode.csv", "decode"
+_KEY = ("geometry", "weights", "batch", "compiled", "cache_tokens", "prompt_tokens", "device")
+_GEOMETRY = "llama-2-7b"
+_GB = 1e9
+_FIGURES = {
+    "w4a16": ("decode_7b_w4a16_vs_bf16", "memory_7b_w4a16_gb"),
+    "w8a8": ("decode_7b_w8a8_vs_bf16", "memory_7b_w8a8_gb"),
+}
+
+Cells = dict[str, str]
+
+
+def read_rows(folder: Path) -> list[Cells]:
+    """Return the rows of a folder, each a line of the CSV file; none where there is no file."""
+    path = folder / ROWS
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))) if path.is_file() else []
+
+
+def store_rows(folder: Path, rows: Sequence[Row]) -> None:
+    """Write rows with where and when they were measured; one replaces the row of the same settings and device."""
+    stamp = provenance()
+    new = [{**{name: str(value) for name, value in asdict(row).items()}, **stamp} for row in rows]
+    kept = {tuple(cells[name] for name in _KEY): cells for cells in [*read_rows(folder), *new]}
+    _write(folder / ROWS, [cells for _, cells in sorted(kept.items())])
+
+
+def store_profile(folder: Path, row: Row, kernels: Mapping[str, tuple[float, int]]) -> None:
+    """Write the kernels of one step: microseconds and launches."""
+    how = "compiled" if row.compiled else "plain"
+    lines = [
+        {"kernel": name, "us_a_step": f"{microseconds:.2f}", "launches": str(launches)}
+        for name, (microseconds, launches) in kernels.items()
+    ]
+    _write(folder / f"decode-profile-{row.geometry}-{row.weights}-{row.batch}-{how}.csv", lines)
+
+
+def publish(rows: Sequence[Cells], folder: Path, document: Path | None = None) -> str:
+    """Return the table of the rows; write it into `document` and the headline figures into the summary."""
+    text = decode_table(rows)
+    if document is not None:
+        put_table(document, TABLE, text)
+    found = headline(rows)
+    if found:
+        values, stamp = found
+        record("serving", values, stamp=stamp, path=folder / SUMMARY.name)
+    return text
+
+
+def decode_table(rows: Sequence[Cells]) -> str:
+    """Return a line for each row, with its speed against the bf16 row of the same settings."""
+    header = ["geometry", "weights", "batch", "step", "prefill, tokens/s", "step, ms", "tokens/s", "times bf16"]
+    header += ["weights, GB", "with cache, GB", "peak, GB", "peak while loading, GB"]
+    lines = []
+    for row in rows:
+        base = _baseline(rows, row)
+        ratio = "" if base is None else f"{float(base['step_ms']) / float(row['step_ms']):.2f}"
+        lines.append(
+            [row["geometry"], row["weights"], row["batch"], "compiled" if row["compiled"] == "True" else "plain"]
+            + [f"{float(row['prefill_tokens_per_s']):,.0f}", f"{float(row['step_ms']):.3f}"]
+            + [f"{float(row['tokens_per_s']):,.0f}", ratio]
+            + [f"{int(row[f'{name}_bytes']) / _GB:.2f}" for name in ("weight", "total", "peak", "loading")]
+        )
+    return markdown_table(header, lines, "llrl" + "r" * 8)
+
+
+def headline(rows: Sequence[Cells]) -> tuple[dict[str, float], dict[str, str]] | None:
+    """Return the figures at 7B and batch 1 with their stamp: steps fused by torch.compile on both sides, and memory."""
+    values: dict[str, float] = {}
+    stamp: dict[str, str] = {}
+    for row in rows:
+        if (row["geometry"], row["batch"], row["compiled"]) != (_GEOMETRY, "1", "True") or row[
+            "weights"
+        ] not in _FIGURES:
+            continue
+        base = _baseline(rows, row)
+        speed, memory = _FIGURES[row["weights"]]
+        if base is not None:
+            values[speed] = round(float(base["step_ms"]) / float(row["step_ms"]), 3)
+        values[memory] = round(int(row["peak_bytes"]) / _GB, 3)
+        stamp = {name: row[name] for name in ("device", "torch", "triton", "commit", "date")}
+    return (values, stamp) if values else None
+
+
+def _baseline(rows: Sequence[Cells], row: Cells) -> Cells | None:
+    """Return the bf16 row of the same settings and device."""
+    same = [name for name in _KEY if name != "weights"]
+    return next((one for one in rows if one["weights"] == "bf16" and all(one[n] == row[n] for n in same)), None)
+
+
+def _write(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(lines[0]) if lines else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text.getvalue())

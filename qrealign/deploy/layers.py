@@ -1,0 +1,164 @@
+"""Modules of a deployed model: products over packed weights, and what can be joined with them.
+
+They stand in the places of Hugging Face's own modules, whose blocks call them as before:
+
+- linears that get the same input become one product, of which each of the places returns its own rows;
+- a norm whose output only quantized products read moves into them, where it quantizes what it has normalized;
+- a gated MLP quantizes the product of its two branches while it makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qrealign.errors import CheckpointFormatError, DeviceError
+from qrealign_kernels import PackedWeight, QuantizedActivations, packed_linear, rms_norm_quantize, silu_mul_quantize
+
+
+class PackedLinear(nn.Module):
+    """A linear layer over a packed weight.
+
+    The weight's tensors are buffers too, so that they are counted, but they are no state: a packed layout belongs to
+    the kind of device it was made for, and the checkpoint stays the only file.
+
+    Args:
+        weight: `[N, K]` in the layout of its device.
+        bias: `[N]` or None.
+        column_order: `[K]` int64, the input's columns in the order of the weight's; None where it is their own.
+    """
+
+    bias: Tensor | None
+    column_order: Tensor | None
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None = None, column_order: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.norm: NormQuantizer | None = None
+        self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("column_order", column_order, persistent=False)
+        self._hold(weight)
+
+    def _hold(self, weight: PackedWeight) -> None:
+        self.weight = weight
+        for field in fields(weight):
+            if isinstance(tensor := getattr(weight, field.name), Tensor):
+                if tensor.is_cuda:
+                    # A graph of torch.compile must read the weight where it lies, not copy it at every call.
+                    torch._dynamo.mark_static_address(tensor)
+                self.register_buffer(f"packed_{field.name}", tensor, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Move the layer within its kind of device; neither codes nor scales ever change their dtype."""
+        moved: dict[str, Any] = {}
+        for name in [name for name in self._buffers if name.startswith("packed_")]:
+            tensor = self._buffers.pop(name)
+            assert tensor is not None
+            target = fn(tensor).device
+            if target.type != tensor.device.type:
+                raise DeviceError(
+                    f"weights packed for {tensor.device.type} do not run on {target.type}: "
+                    f"load the checkpoint there, with load_packed(folder, device={target.type!r})"
+                )
+            moved[name.removeprefix("packed_")] = tensor.to(target)
+        super()._apply(fn, recurse)
+        self._hold(replace(self.weight, **moved))
+        return self
+
+    def _save_to_state_dict(self, *_: object) -> None:
+        raise CheckpointFormatError(
+            "a deployed model is laid out for its device and is not saved again: copy the folder it was loaded from"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm is not None:
+            return packed_linear(self.norm(x), self.weight, self.bias)
+        if self.column_order is not None:
+            x = x.index_select(-1, self.column_order)
+        return packed_linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, num_bits={self.weight.num_bits}"
+        return f"{text}, activation_bits={self.weight.activation_bits}, group_size={self.weight.group_size}"
+
+
+class JoinedLinears(PackedLinear):
+    """Several linears of one input as a single product, the rows of one behind those of the other.
+
+    Args:
+        sizes: rows of each linear, in order; their sum is N.
+    """
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, *, sizes: tuple[int, ...]) -> None:
+        super().__init__(weight, bias)
+        self.sizes = sizes
+        self._last: tuple[Tensor, tuple[Tensor, ...]] | None = None
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """Return what linear `index` gives for `x`, `[..., sizes[index]]`.
+
+        The product is computed for the first of the linears that is called with `x` and let go of by the last; a call
+        with another tensor computes it anew, so the result never depends on the order of calls.
+        """
+        last = self._last
+        if last is None or last[0] is not x:
+            last = (x, self(x).split(self.sizes, dim=-1))
+        self._last = None if index == len(self.sizes) - 1 else last
+        return last[1][index]
+
+
+class JoinedPart(nn.Module):
+    """Stands in the place of one of the linears that `JoinedLinears` holds."""
+
+    def __init__(self, joined: JoinedLinears, index: int) -> None:
+        super().__init__()
+        self.joined = joined
+        self.index = index
+        self.in_features, self.out_features = joined.in_features, joined.sizes[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.joined.part(x, self.index)
+
+
+class NormQuantizer(nn.Module):
+    """An RMS norm and the quantization of its output per token, as one step.
+
+    Args:
+        weight: `[H]`, the norm's own parameter.
+        eps: added to the mean square.
+        offset: 1 where the norm multiplies by `1 + weight`.
+        num_bits: of the codes.
+    """
+
+    def __init__(self, weight: nn.Parameter, eps: float, *, offset: float, num_bits: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.eps, self.offset, self.num_bits = eps, offset, num_bits
+
+    def forward(self, x: Tensor) -> QuantizedActivations:
+        return rms_norm_quantize(x, self.weight, self.eps, offset=self.offset, num_bits=self.num_bits)
+
+
+class GatedMLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))`, whose inner product is quantized while it is made.
+
+    Args:
+        gate_up: gate and up, joined in this order.
+        down: takes the product of both.
+    """
+
+    def __init__(self, gate_up: JoinedLinears, down: PackedLinear) -> None:
+        super().__init__()
+        self.gate_up = gate_up
+        self.down_proj = down
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).split(self.gate_up.sizes, dim=-1)
+        bits = self.down_proj.weight.activation_bits
+        assert bits is not None, "only layers with quantized inputs are put here"
+        inner = silu_mul_quantize(gate, up, num_bits=bits)
+        return packed_linear(inner, self.down_proj.weight, self.down_proj.bias)

@@ -1,0 +1,1 @@
+"""A model behind OpenAI's protocol: continuous batching, limits, metrics and a page to try it."""

@@ -1,0 +1,163 @@
+"""One model and its slots: prompts in, next-token logits out, for many sequences of different lengths at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qrealign.data.generate import find_device, last_logits_only
+from qrealign.deploy.decoder import has_fixed_program
+from qrealign.errors import DeviceError, UnsupportedArchitectureError
+from qrealign.models.device import free_bytes
+from qrealign.serve.graphs import DecodeGraphs
+from qrealign.serve.slots import MaskMaker, Place, SlotCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Lengths that are read are rounded up to this many cells, so that the allocator and CUDA graphs meet few shapes.
+_CELLS = 64
+CACHE_SHARE = 0.8  # of the memory that is free once the weights are loaded: the rest is for activations
+_CHECK_LENGTHS = (5, 9)  # tokens of the two prompts that `check` runs
+_LEAST_LIKENESS = 0.99  # cosine of the logits; rounding of activations to int8 moves it by less than 0.001
+
+
+class Runner:
+    """Runs a model over the rows of a `SlotCache`. Rows are numbered; who owns which is the caller's matter.
+
+    Args:
+        model: a causal language model in eval mode, on its device.
+        slots: rows.
+        max_length: most tokens of a sequence.
+        cuda_graphs: replay the decode step as a CUDA graph, where the model is on a GPU and decides nothing on the host.
+
+    Raises:
+        UnsupportedArchitectureError: the model's attention cannot be masked row by row.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, slots: int, max_length: int, cuda_graphs: bool = True) -> None:
+        self.model = model
+        self.device = find_device(model)
+        self.max_length = max_length
+        self.slots = slots
+        config = model.config.get_text_config()
+        self.cache = SlotCache(config.num_hidden_layers, slots, max_length)
+        self._masks = MaskMaker(config, next(model.parameters()).dtype)
+        self._last_only = last_logits_only(model)
+        self._pad = config.pad_token_id or 0
+        replays = cuda_graphs and self.device.type == "cuda" and has_fixed_program(model)
+        self._graphs = DecodeGraphs(self._decode, slots, self.device) if replays else None
+
+    @torch.no_grad()
+    def prefill(self, rows: Sequence[int], chunks: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
+        """Read a piece of a prompt into each of some rows.
+
+        Args:
+            rows: which.
+            chunks: their next tokens, none empty; the lengths may differ.
+            starts: how many tokens each row holds already.
+
+        Returns:
+            `[len(rows), V]`, the logits behind the last token of each chunk.
+        """
+        width = max(map(len, chunks))
+        ids = torch.full((len(rows), width), self._pad, dtype=torch.int64)
+        positions = torch.zeros_like(ids)
+        cells = torch.full_like(ids, self.max_length)  # padding stands on the left and is written to the spare cell
+        for index, (chunk, start) in enumerate(zip(chunks, starts, strict=True)):
+            own = slice(width - len(chunk), width)
+            ids[index, own] = torch.as_tensor(chunk, dtype=torch.int64)
+            positions[index, own] = cells[index, own] = torch.arange(start, start + len(chunk))
+        place = Place(
+            rows=torch.as_tensor(rows, dtype=torch.int64, device=self.device),
+            cells=cells.to(self.device),
+            length=self._rounded(max(start + len(chunk) for start, chunk in zip(starts, chunks, strict=True))),
+            first_rows=list(rows) == list(range(len(rows))),
+        )
+        return self._forward(ids.to(self.device), positions.to(self.device), place)
+
+    @torch.no_grad()
+    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Add one token to each of the rows 0 to B - 1; return `[B, V]` logits behind it, valid until the next call."""
+        length = self._rounded(max(positions) + 1)
+        if self._graphs is not None:
+            return self._graphs.step(tokens, positions, length, spare=self.max_length)
+        ids, places = (torch.as_tensor(values, device=self.device)[:, None] for values in (tokens, positions))
+        return self._decode(ids, places, length)
+
+    def check(self) -> None:
+        """Run two prompts side by side and compare with each alone: a model that needs more than a mask is refused.
+
+        Raises:
+            UnsupportedArchitectureError: the answers differ.
+            DeviceError: the slots do not fit into the memory.
+        """
+        vocabulary = self.model.config.get_text_config().vocab_size
+        prompts = [[(7 * index + 3) % vocabulary for index in range(length)] for length in _CHECK_LENGTHS]
+        try:
+            self.prefill([0, 1][: self.slots], prompts[: self.slots], [0, 0][: self.slots])
+            together = self.decode(*zip(*((prompt[0], len(prompt)) for prompt in prompts[: self.slots]), strict=True))
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(
+                f"{self.slots} slots of {self.max_length} tokens do not fit into the memory of {self.device}: "
+                "lower --max-slots or --max-length"
+            ) from error
+        for logits, prompt in zip(together, prompts, strict=False):
+            alone = self._alone([*prompt, prompt[0]])
+            if torch.nn.functional.cosine_similarity(logits.float(), alone.float(), dim=-1) < _LEAST_LIKENESS:
+                raise UnsupportedArchitectureError(
+                    f"model type {self.model.config.model_type!r} answers otherwise in a batch than alone, so "
+                    "the server cannot batch it: serve it with another server"
+                )
+
+    @torch.no_grad()
+    def _alone(self, ids: list[int]) -> Tensor:
+        """Return the logits `[V]` behind `ids` without a cache."""
+        return self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, -1]
+
+    def _decode(self, ids: Tensor, positions: Tensor, length: int) -> Tensor:
+        """Run the decode step for `[B, 1]` ids at `[B, 1]` positions; only device work, so that it can be captured."""
+        rows = torch.arange(len(ids), device=self.device)
+        return self._forward(ids, positions, Place(rows=rows, cells=positions, length=length, first_rows=True))
+
+    def _forward(self, ids: Tensor, positions: Tensor, place: Place) -> Tensor:
+        self.cache.aim(place)
+        output = self.model(
+            input_ids=ids,
+            attention_mask=self._masks.make(positions, place.length),
+            position_ids=positions.clamp(max=self.max_length - 1),
+            past_key_values=self.cache,
+            use_cache=True,
+            **self._last_only,
+        )
+        return output.logits[:, -1]
+
+    def _rounded(self, length: int) -> int:
+        return min(-(-length // _CELLS) * _CELLS, self.max_length)
+
+
+@torch.no_grad()
+def cache_bytes_per_token(model: PreTrainedModel) -> int:
+    """Return the bytes of keys and values that one token takes, found by running one."""
+    output = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=find_device(model)), use_cache=True)
+    layers = output.past_key_values.layers
+    return sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))
+
+
+def fitting_slots(model: PreTrainedModel, max_length: int, most: int) -> int:
+    """Return how many slots of `max_length` tokens fit into the free memory, `most` at most.
+
+    Raises:
+        DeviceError: not even one does.
+    """
+    device = find_device(model)
+    one, room = cache_bytes_per_token(model) * (max_length + 1), CACHE_SHARE * free_bytes(device)
+    if one > room:
+        raise DeviceError(
+            f"one slot of {max_length} tokens takes {one / 2**30:.1f} GiB, and {device} has {room / 2**30:.1f} GiB for "
+            "them: lower --max-length"
+        )
+    return min(most, int(room // one))

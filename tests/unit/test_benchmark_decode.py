@@ -1,0 +1,81 @@
+"""The benchmark of whole models: random checkpoints that load as files do, rows, tables and figures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.calibration.geometries import find_geometry
+from benchmarks.decode import __main__ as command
+from benchmarks.decode import measure, results
+from benchmarks.decode.synthetic import random_source
+from qrealign.deploy.load import deploy_model
+from qrealign.pack.size import packed_linear_bytes
+from qrealign.pack.source import PackedSource
+
+TINY = find_geometry("tiny")
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16", "w4a16_asym", "w8a16"])
+def test_random_checkpoints_load_as_packed_ones_do(scheme: str) -> None:
+    source = random_source(TINY, scheme)
+    assert isinstance(source, PackedSource)
+    for name, shape in source.linear_shapes().items():
+        stored = [info.num_bytes for key, info in source.files.tensors.items() if key.startswith(f"{name}.")]
+        assert sum(stored) == packed_linear_bytes(shape, source.schemes[name], 2)
+    with torch.no_grad():
+        logits = deploy_model(source, torch.device("cpu"), torch.float32)(torch.tensor([[5, 6, 7]])).logits
+    assert logits.isfinite().all() and logits.std() > 0
+
+
+@pytest.fixture(scope="module")
+def measured() -> measure.Row:
+    model, sizes = measure.load(TINY, None, torch.device("cpu"))
+    settings = measure.Settings(cache_tokens=16, prompt_tokens=4, steps=3)
+    row, _ = measure.measure(model, TINY, None, settings, sizes)
+    return row
+
+
+def test_rows_are_kept_once_and_become_figures(tmp_path: Path, measured: measure.Row) -> None:
+    row = replace(measured, geometry="llama-2-7b", compiled=True, step_ms=4.0)
+    assert row.tokens_per_s > 0 and row.prefill_tokens_per_s > 0 and row.cache_bytes == 2 * 2 * 2 * 16 * 32 * 2
+    packed = replace(row, weights="w4a16", step_ms=1.6, peak_bytes=4_000_000_000)
+    results.store_rows(tmp_path, [row, replace(packed, step_ms=9.0)])
+    results.store_rows(tmp_path, [packed, replace(packed, batch=8)])
+    rows = results.read_rows(tmp_path)
+    assert len(rows) == 3
+    document = tmp_path / "deploy.md"
+    document.write_text("a\n<!-- decode: begin -->\n<!-- decode: end -->\nb\n")
+    text = results.publish(rows, tmp_path, document)
+    assert text in document.read_text() and "| 2.50 |" in text
+    figures = json.loads((tmp_path / "summary.json").read_text())["serving"]
+    assert figures["decode_7b_w4a16_vs_bf16"]["value"] == 2.5
+    assert figures["memory_7b_w4a16_gb"]["value"] == 4.0
+
+
+def test_other_geometries_give_no_figures(tmp_path: Path, measured: measure.Row) -> None:
+    results.store_rows(tmp_path, [measured])
+    assert results.headline(results.read_rows(tmp_path)) is None
+    assert results.read_rows(tmp_path / "absent") == []
+
+
+def test_kernels_of_a_step_are_written(tmp_path: Path, measured: measure.Row) -> None:
+    results.store_profile(tmp_path, measured, {"gemv": (12.5, 32)})
+    text = (tmp_path / "decode-profile-tiny-bf16-1-plain.csv").read_text()
+    assert text == "kernel,us_a_step,launches\ngemv,12.50,32\n"
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    short = measure.Settings
+    monkeypatch.setattr(measure, "Settings", lambda **given: short(**given, cache_tokens=16, prompt_tokens=4, steps=3))
+    flags = ["--geometry", "tiny", "--device", "cpu", "--no-compile", "--batches", "2", "--results", str(tmp_path)]
+    assert command.main([*flags, "--weights", "w4a16"]) == 0
+    assert "| tiny | w4a16 | 2 | plain |" in capsys.readouterr().out
+    assert command.main([*flags, "--only-report"]) == 0
+    assert "| tiny | w4a16 | 2 | plain |" in capsys.readouterr().out
+    assert command.main(["--geometry", "unknown"]) == 1
+    assert "unknown geometry" in capsys.readouterr().err

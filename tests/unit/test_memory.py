@@ -1,0 +1,190 @@
+"""--memory: how the pool holds models, what the student makes of it, and what preflight says of both."""
+
+from __future__ import annotations
+
+import gc
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qrealign.calibrate.methods import method_settings
+from qrealign.config import parse_scheme
+from qrealign.models.source import open_model
+from qrealign.models.streaming import is_streamed
+from qrealign.models.transfer import open_stream
+from qrealign.pipeline import models, preflight, student
+from qrealign.pipeline.models import ModelPool
+from qrealign.pipeline.student import Student, graph_bytes, kept_blocks
+from qrealign.quant.fake_quant import fake_quant_linears
+from tests.helpers import random_batch, tiny_adapter, tiny_checkpoint
+
+CPU, GPU = torch.device("cpu"), SimpleNamespace(type="cuda")
+SETTINGS = method_settings("realign", steps=4, batch_size=4, edit_rank=2, sequence_length=32)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return open_model(str(tiny_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=4)))
+
+
+@pytest.fixture(scope="module")
+def adapted(source, tmp_path_factory):
+    return open_model(str(source.path), adapter=str(tiny_adapter(tmp_path_factory.mktemp("lora"), source.path)))
+
+
+def context_of(source, pool, settings=SETTINGS):
+    spec = SimpleNamespace(endtoend=settings, settings=settings)
+    return SimpleNamespace(
+        repaired=source, finetuned=source, pool=pool, device=pool.device, scheme=parse_scheme("w8a8"), spec=spec
+    )
+
+
+def logits(model):
+    input_ids, mask = random_batch(padding="right")
+    with torch.no_grad():
+        return model(input_ids=input_ids, attention_mask=mask).logits
+
+
+@pytest.mark.parametrize(
+    ("memory", "free", "mode"),
+    [
+        ("auto", 99.0, "resident"),
+        ("auto", 1.2, "low"),
+        ("auto", 0.1, "streamed"),
+        ("resident", 0.1, "resident"),
+        ("low", 99.0, "low"),
+        ("streamed", 99.0, "streamed"),
+    ],
+)
+def test_what_is_asked_for_is_done_and_auto_follows_the_free_memory(source, monkeypatch, memory, free, mode):
+    pool = ModelPool(CPU, memory)
+    monkeypatch.setattr(models, "free_bytes", lambda _: int(free * pool.resident_bytes(source)))
+    pool.device = GPU
+    assert pool.mode(source) == mode
+    whole, outer = pool.resident_bytes(source), pool.resident_bytes(source) - 4 * pool.block_bytes(source)
+    expected = {"resident": whole, "streamed": outer + 2 * pool.block_bytes(source), "low": whole}
+    assert pool.weight_bytes(source) == pytest.approx(expected[mode], rel=0.02)
+
+
+def test_a_cpu_streams_from_where_the_files_are(source):
+    pool = ModelPool(CPU, "streamed")
+    assert pool.open_stream(source) is None and pool.mode(source) == "streamed"
+    model = pool.full_precision("it", source)
+    assert is_streamed(model, source.spec)
+    assert torch.equal(logits(model), logits(source.load_model("cpu")))
+
+
+def test_a_model_becomes_its_adapted_form_where_it_stands(source, adapted):
+    pool = ModelPool(CPU)
+    before = pool.full_precision("aligned", source)
+    unchanged = before.model.layers[0].mlp.up_proj.weight
+    after = pool.full_precision("finetuned", adapted, instead_of="aligned")
+    assert after is before and after.model.layers[0].mlp.up_proj.weight is unchanged
+    assert torch.equal(logits(after), logits(adapted.load_model("cpu")))
+    assert pool.full_precision("finetuned", adapted, instead_of="aligned") is after
+
+
+def test_a_model_of_other_files_replaces_the_one_before(source, adapted, tmp_path):
+    other = open_model(str(tiny_checkpoint(tmp_path / "other", seed=5, num_hidden_layers=4)))
+    pool = ModelPool(CPU)
+    pool.full_precision("aligned", other)
+    model = pool.full_precision("finetuned", adapted, instead_of="aligned")
+    assert torch.equal(logits(model), logits(adapted.load_model("cpu"))) and list(pool._kept) == ["finetuned"]
+
+
+def test_the_student_takes_over_the_teacher_that_it_starts_from(source, adapted):
+    pool = ModelPool(CPU)
+    teacher = pool.full_precision("finetuned", adapted)
+    taught = Student(context_of(adapted, pool), SETTINGS)
+    assert taught.model is teacher and pool.take(adapted) is None and not taught.recordable
+    fresh = Student(context_of(adapted, ModelPool(CPU)), SETTINGS)
+    assert fresh.model is not teacher and torch.equal(logits(taught.model), logits(fresh.model))
+    pool.full_precision("aligned", source)
+    assert pool.take(adapted) is None and not pool._kept
+
+
+def test_a_streamed_student_computes_and_freezes_what_a_resident_one_does(adapted):
+    resident, streamed = (Student(context_of(adapted, ModelPool(CPU, m)), SETTINGS) for m in ("resident", "streamed"))
+    assert streamed.streamed and not resident.streamed
+    assert torch.equal(logits(resident.model), logits(streamed.model))
+    frozen = []
+    for one in (resident, streamed):
+        blocks = {}
+        one.freeze(lambda index, block, blocks=blocks: blocks.setdefault(index, dict(block.state_dict())))
+        frozen.append(blocks)
+    assert frozen[0].keys() == frozen[1].keys() == set(range(4))
+    for index, state in frozen[0].items():
+        assert all(torch.equal(tensor, frozen[1][index][name]) for name, tensor in state.items())
+
+
+def test_gradients_through_a_stream_are_those_of_a_resident_student(adapted):
+    """The stream's two slots are written anew while a backward pass walks down."""
+    gradients = []
+    for memory in ("resident", "streamed"):
+        pool = ModelPool(CPU, memory)
+        pool.open_stream = lambda source: open_stream(source, torch.float32, CPU, held_bytes=0.0)
+        it = Student(context_of(adapted, pool), SETTINGS)
+        for layer in fake_quant_linears(it.model).values():
+            layer.coded = True
+        input_ids, mask = random_batch(padding="right")
+        for _ in range(2):
+            it.trainable.zero_grad()
+            it.model(input_ids=input_ids, attention_mask=mask).logits.square().mean().backward()
+        gradients.append({name: value.grad for name, value in it.trainable.named.items()})
+    assert all(torch.equal(value, gradients[1][name]) for name, value in gradients[0].items())
+    del it, pool
+    gc.collect()
+
+
+def test_blocks_keep_their_activations_as_far_as_memory_allows(adapted, monkeypatch):
+    pool = ModelPool(CPU)
+    it = Student(context_of(adapted, pool), SETTINGS)
+    context, blocks = context_of(adapted, pool), list(adapted.spec.blocks_of(it.model))
+    assert not any(block.training for block in blocks)  # a CPU has room for all of them
+    fixed, each = graph_bytes(it.model)
+    tokens = SETTINGS.batch_size * (SETTINGS.sequence_length + SETTINGS.benign_tokens)
+    one = (fixed + each * tokens) / 4
+    for share, expected in ((0.0, 0), (2.5, 2), (99.0, 4)):
+        monkeypatch.setattr(student, "free_bytes", lambda _, s=share: s * one / student.ACTIVATION_SHARE)
+        assert kept_blocks(context, SETTINGS, it.model, blocks) == expected
+    context.device = GPU
+    monkeypatch.setattr(student, "free_bytes", lambda _: 1e15)
+    monkeypatch.setattr(pool, "resident_bytes", lambda _: int(3.5 * one / student.KEPT_SHARE))
+    assert kept_blocks(context, SETTINGS, it.model, blocks) == 3
+    monkeypatch.setattr(student, "free_bytes", lambda _: 2 * 1.5 * one)
+    assert kept_blocks(context, SETTINGS, it.model, blocks) == 1
+
+
+def test_the_bytes_of_a_graph_grow_with_its_tokens_and_hold_no_parameters(source):
+    kept, coded = [], []
+    for is_coded, found in ((False, kept), (True, coded)):
+        it = Student(context_of(source, ModelPool(CPU)), SETTINGS)
+        for layer in fake_quant_linears(it.model).values():
+            layer.coded = is_coded
+        found.extend(graph_bytes(it.model))
+    weights = 4 * sum(rows * columns for rows, columns in source.linear_shapes().values())
+    assert kept[0] >= weights > 0.2 * weights > coded[0]  # the rounded weights, or none of them
+    assert 0 < coded[1] < kept[1]  # codes instead of numbers
+    del it
+    gc.collect()
+    assert not [one for one in gc.get_objects() if type(one).__name__ == "_IntegerLinearBackward"]  # nor does one stay
+
+
+def test_preflight_says_what_a_step_moves(source, monkeypatch):
+    for memory, words in (
+        ("resident", "weights resident"),
+        ("streamed", "weights streamed: 0.0 GiB come from the host in each step"),
+        ("auto", "weights resident (chosen from what is free)"),
+    ):
+        pool = ModelPool(CPU, memory)
+        monkeypatch.setattr(models, "free_bytes", lambda _: 10**15)
+        pool.device = GPU
+        context = context_of(source, pool)
+        assert preflight.memory_line(context).endswith(words)
+        moved = preflight.moved_bytes(context)
+        assert moved == (0 if memory != "streamed" else 2 * (pool.resident_bytes(source) - pool.weight_bytes(source)))
+    resident, streamed = (ModelPool(CPU, name) for name in ("resident", "streamed"))
+    for pool in (resident, streamed):
+        pool.device = GPU
+    assert preflight.memory_bytes(context_of(source, streamed)) < preflight.memory_bytes(context_of(source, resident))
