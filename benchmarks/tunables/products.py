@@ -28,8 +28,9 @@ TILE_KEYS = {f"m{tokens}": (tokens, NARROW, WIDE, LONG) for tokens in (32, 64, 1
 
 
 def product_calls(num_bits: int, activation_bits: int | None, tokens: int, *shapes: tuple[int, int]) -> Calls:
-    """Return calls of the product over layers; tokens that become codes are codes already, but for a single one."""
+    """Return calls of the product over layers (default: all); only a single token is rounded in the call."""
     calls: Calls = []
+    shapes = shapes or (NARROW, WIDE, LONG)
     for columns, rows in shapes:
         groups = 1 if num_bits == 8 else columns // GROUP
         for _ in range(rotations(sum(k * n for k, n in shapes) * num_bits // 8)):
