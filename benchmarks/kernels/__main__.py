@@ -35,7 +35,7 @@ def measure_row(measure: Measure, ceilings: Ceilings) -> Row:
         operations=measure.operations,
         copies=measure.copies,
         seconds=graph_seconds(prepared.calls),
-        definition_seconds=eager_seconds([prepared.definition]),
+        definition_seconds=eager_seconds(prepared.definition),
         floor_s=floor,
         copy_gb_s=ceilings.copy,
         **provenance(),
