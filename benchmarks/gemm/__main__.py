@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from qrealign.files import write_text
 DOCS_NAME = "gemm sweep"
 RESULTS = Path(__file__).parents[1] / "results"
 TESTS = Path(__file__).parents[2] / "tests" / "kernels" / "test_packed_linear.py"
+LARGEST_TUNED = 256  # tokens; gemlite takes one tuning for this and all larger numbers
 SECONDS = 240  # of one peer; then it is stopped and what it has measured stands
 
 
@@ -57,39 +58,62 @@ def run_child(peer: str, log: Path, arguments: Sequence[str], seconds: float, de
     return (lines[-1][:200] if lines else f"exit status {done.returncode}") if done.returncode else None
 
 
-def compile_tuners(peers: Sequence[str], rows: Sequence[int], seconds: float) -> None:
+def compile_tuners(peers: Sequence[str], rows: Sequence[int], seconds: float, device: int) -> None:
     """Fill the kernel caches of peers that tune themselves on all cores; what fails here fails again when timed."""
     end = time.monotonic() + seconds
-    jobs = [(peer, m, shape) for m in rows for peer in peers for shape in range(len(SHAPES))]
+    jobs = [(peer, m, shape) for m in rows if m <= LARGEST_TUNED for peer in peers for shape in range(len(SHAPES))]
 
     def compile_one(job: tuple[str, int, int]) -> None:
         peer, m, shape = job
         arguments = ["--compile-only", "--shapes", str(shape), "--rows", str(m)]
         if (left := end - time.monotonic()) > 0:
-            run_child(peer, Path(os.devnull), arguments, left, 0)
+            run_child(peer, Path(os.devnull), arguments, left, device)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, jobs))
 
 
-def measure_all(peers: Sequence[str], rows: Sequence[int] | None, seconds: float, devices: int) -> list[dict[str, Any]]:
-    """Return the rows of all peers, in their order; with several GPUs, as many peers are timed at once."""
+def measure_all(
+    peers: Sequence[str], rows: Sequence[int] | None, seconds: float, devices: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of one peer after the other, those that tune themselves last.
+
+    With several GPUs, as many peers are timed at once, and the last GPU first serves the compilations.
+    """
     arguments = [] if rows is None else ["--rows", *map(str, rows)]
+    tuning = [peer for peer in peers if peer in TUNING]
     free: queue.Queue[int] = queue.Queue()
-    for device in range(devices):
+    for device in range(devices - 1):
         free.put(device)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(devices) as pool:
 
-        def measure(index: int) -> list[dict[str, Any]]:
-            peer, log, device = peers[index], Path(folder, f"{index}.jsonl"), free.get()
-            print(f"timing {peer}", flush=True)
-            log.touch()
-            why = run_child(peer, log, arguments, seconds, device)
-            free.put(device)
-            found = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-            return found + ([] if why is None else [{"peer": peer, "note": why}])
+    def compile_first() -> None:
+        compile_tuners(tuning, rows or ROWS, seconds, devices - 1)
+        free.put(devices - 1)
 
-        return [row for found in pool.map(measure, range(len(peers))) for row in found]
+    def measure(peer: str) -> list[dict[str, Any]]:
+        if peer in tuning:
+            compiling.result()
+        device, log = free.get(), Path(folder, f"{peers.index(peer)}.jsonl")
+        print(f"timing {peer}", flush=True)
+        log.touch()
+        why = run_child(peer, log, arguments, seconds, device)
+        free.put(device)
+        found = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        return found + ([] if why is None else [{"peer": peer, "note": why}])
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(devices + 1) as pool:
+        compiling = pool.submit(compile_first)
+        yield from pool.map(measure, sorted(peers, key=lambda peer: peer in tuning))
+
+
+def report(rows: list[dict[str, Any]], output: Path, docs: Path | None) -> None:
+    """Write the rows so far, the figures that they give, and the table."""
+    rows.sort(key=lambda row: list(PEERS).index(row["peer"]))
+    write_text(output / "gemm.csv", to_csv(rows))
+    for section, values in figures(rows).items():
+        summary.record(section, values, path=output / summary.SUMMARY.name)
+    if docs is not None:
+        put_table(docs, DOCS_NAME, table(rows))
 
 
 def main() -> int:
@@ -105,18 +129,15 @@ def main() -> int:
         split_document(args.docs, DOCS_NAME)  # before hours of measuring
     if not args.skip_tests:
         require_green_tests()
-    peers = list(dict.fromkeys([BASELINE, *args.peers]))
-    compile_tuners([peer for peer in TUNING if peer in peers], args.rows or ROWS, args.seconds)
-    stamp = summary.provenance()
-    rows = [row | stamp for row in measure_all(peers, args.rows, args.seconds, torch.cuda.device_count())]
     args.output.mkdir(parents=True, exist_ok=True)
-    write_text(args.output / "gemm.csv", to_csv(rows))
-    print(text := table(rows))
+    peers = list(dict.fromkeys([BASELINE, *args.peers]))
+    stamp, rows = summary.provenance(), []
+    for found in measure_all(peers, args.rows, args.seconds, torch.cuda.device_count()):
+        rows += [row | stamp for row in found]
+        report(rows, args.output, args.docs)
+    print(table(rows))
     for section, values in figures(rows).items():
-        summary.record(section, values, path=args.output / summary.SUMMARY.name)
         print(section, values)
-    if args.docs is not None:
-        put_table(args.docs, DOCS_NAME, text)
     return 0
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qrealign_kernels.launches import Choice
 
-PARTS = ("benchmarks.tunables.calibration", "benchmarks.tunables.products")  # each has TUNABLES, a tuple of `Tunable`
+# Each has TUNABLES, a tuple of `Tunable`.
+PARTS = ("benchmarks.tunables.calibration", "benchmarks.tunables.products", "benchmarks.tunables.decode")
 
 Calls = list[Callable[[], object]]
 
@@ -26,7 +28,7 @@ class Tunable:
     """
 
     name: str
-    keys: Mapping[str, tuple[int, ...]]
+    keys: Mapping[str, tuple[Any, ...]]
     candidates: Callable[[str], list[Choice]]
     make_calls: Callable[..., Calls]
 

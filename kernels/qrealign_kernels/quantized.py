@@ -31,8 +31,8 @@ class PackedWeight:
 
     Attributes:
         data: the codes, arranged as `layout` says.
-        scale: `[N, G]` or `[G, N]` floating point, weight units per code, in any dtype that holds it exactly.
-        zero_point: int8 in the scale's shape, or None for symmetric weights.
+        scale: `[N, G]` floating point, weight units per code, in any dtype that holds it exactly.
+        zero_point: `[N, G]` int8, or None for symmetric weights.
         shape: `(N, K)` of the weight.
         num_bits: 4 or 8.
         activation_bits: bits of the codes that activations are rounded to, None to leave them in floating point.
@@ -55,7 +55,7 @@ class PackedWeight:
     @property
     def groups(self) -> int:
         """Scales of a row: G."""
-        return self.scale.numel() // self.shape[0]
+        return self.scale.shape[1]
 
     @property
     def device(self) -> torch.device:

@@ -23,6 +23,7 @@ from qrealign_kernels.triton_math import (
     round_to,
     to_int8,
 )
+from qrealign_kernels.triton_overlap import overlap, wait_for_inputs
 
 FEW_TOKENS = 128  # up to here a token has a multiprocessor to itself, and wants more threads
 
@@ -47,9 +48,10 @@ def _store_tokens(
 @triton.jit
 def _quantize_per_token_fwd_kernel(
     x_ptr, out_ptr, scale_ptr, R, C, stride_xr,
-    CODES: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, ZERO_SCALE: tl.constexpr,
+    CODES: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, ZERO_SCALE: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     o_c = tl.arange(0, BLOCK_C)
     m_r = r < R
@@ -62,9 +64,10 @@ def _quantize_per_token_fwd_kernel(
 def _rms_norm_quantize_fwd_kernel(
     x_ptr, weight_ptr, out_ptr, scale_ptr, R, C, stride_xr, eps, offset,
     WEIGHT_LAST: tl.constexpr, X_KIND: tl.constexpr, OUT_KIND: tl.constexpr,
-    CODES: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, ZERO_SCALE: tl.constexpr,
+    CODES: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, ZERO_SCALE: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     o_c = tl.arange(0, BLOCK_C)
     m_r = r < R
@@ -83,8 +86,9 @@ def _rms_norm_quantize_fwd_kernel(
 def _silu_mul_quantize_fwd_kernel(
     gate_ptr, up_ptr, out_ptr, scale_ptr, R, C, stride_gr, stride_ur,
     KIND: tl.constexpr, CODES: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, ZERO_SCALE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     o_c = tl.arange(0, BLOCK_C)
     m_r = r < R
@@ -158,7 +162,7 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _code_constants(num_bits: int, *, codes: bool) -> dict[str, object]:
+def _code_constants(num_bits: int, device: torch.device, *, codes: bool) -> dict[str, object]:
     qmin, qmax = code_range(num_bits)
     return {
         "CODES": codes,
@@ -166,6 +170,7 @@ def _code_constants(num_bits: int, *, codes: bool) -> dict[str, object]:
         "QMAX": qmax,
         "ZERO_SCALE": ZERO_SCALE_REPLACEMENT,
         "enable_fp_fusion": FP_FUSION,
+        **overlap(device),
     }
 
 
@@ -198,7 +203,7 @@ def _quantize_tokens(x: Tensor, num_bits: int, dtype: torch.dtype | None) -> tup
     out, scale = _outputs(x, dtype)
     if rows.shape[0]:
         tile = _token_tile("quantize_per_token", rows)
-        constants = _code_constants(num_bits, codes=scale is not None)
+        constants = _code_constants(num_bits, x.device, codes=scale is not None)
         with on_device_of(x):
             _quantize_per_token_fwd_kernel[(triton.cdiv(rows.shape[0], tile["BLOCK_R"]),)](
                 rows, out, out if scale is None else scale, *rows.shape, rows.stride(0), **constants, **tile
@@ -244,7 +249,7 @@ def _norm_tokens(
                 WEIGHT_LAST=weight_last,
                 X_KIND=FLOAT_KINDS[x.dtype],
                 OUT_KIND=FLOAT_KINDS[dtype],
-                **_code_constants(num_bits, codes=codes),
+                **_code_constants(num_bits, x.device, codes=codes),
                 **tile,
             )
     return out, scale
@@ -298,7 +303,7 @@ def _gate_tokens(gate: Tensor, up: Tensor, num_bits: int, dtype: torch.dtype | N
                 gates.stride(0),
                 ups.stride(0),
                 KIND=FLOAT_KINDS[gate.dtype],
-                **_code_constants(num_bits, codes=scale is not None),
+                **_code_constants(num_bits, gate.device, codes=scale is not None),
                 **tile,
             )
     return out, scale

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from qrealign_kernels.layouts import BLOCK, PLANE
 from qrealign_kernels.triton_math import INTERPRETED, clip, divide, round_half_even, to_int8
-from qrealign_kernels.triton_overlap import wait_for_inputs
+from qrealign_kernels.triton_overlap import prefetch_rows, wait_for_inputs
 
 _BLOCK = tl.constexpr(BLOCK)
 _PLANE = tl.constexpr(PLANE)
@@ -89,6 +89,12 @@ def _load_words(w_ptr, n, o_t, N, WORDS: tl.constexpr):
     return tl.load(w_ptr + n[None, :, None] * WORDS + o_w[:, None, :], mask=mask, other=0)
 
 
+@triton.constexpr_function
+def _power_of_2(number):
+    """Return the next power of two, at least 1."""
+    return 1 << max(0, number - 1).bit_length()
+
+
 @triton.jit
 def _int8_gemv_fwd_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, out_ptr, N, K: tl.constexpr, KP: tl.constexpr,
@@ -106,25 +112,25 @@ def _int8_gemv_fwd_kernel(
     acc = tl.zeros([THREADS, BLOCK_N], tl.int32)
     for step in tl.static_range(STEPS):
         o_t = step * THREADS + thread  # runs of 16 columns
+        if step > 0:
+            words = _load_words(w_ptr, n, o_t, N, KP // 4)
         o_k = (o_t * 16)[:, None, None] + (byte * 4)[None, :, None] + byte[None, None, :]
         codes = _load_codes(x_ptr, o_k, K, x_scale, QUANTIZE, QMIN, QMAX)
         x_words = tl.sum(codes << (byte * 8)[None, None, :], axis=2)  # [THREADS, 4]
         acc += tl.sum(dot4(words, x_words[:, None, :]), axis=2)
-        if step + 1 < STEPS:
-            words = _load_words(w_ptr, n, o_t + THREADS, N, KP // 4)
     values = tl.sum(acc, axis=0).to(tl.float32)
     values = values * tl.load(w_scale_ptr + n, mask=n < N, other=0.0).to(tl.float32) * x_scale
     _store_row(out_ptr, bias_ptr, n, N, values, HAS_BIAS)
 
 
 @triton.jit
-def _group_offsets(n, o_t, half_start, N, G, GROUP: tl.constexpr):
-    """Return where the scales `[G, N]` of rows n stand for the threads' blocks, `[THREADS or 1, BLOCK_N]`."""
+def _group_offsets(n, o_t, half_start, G, GROUP: tl.constexpr):
+    """Return where the scales `[N, G]` of rows n stand for the threads' blocks, `[THREADS or 1, BLOCK_N]`."""
     if GROUP == 0:
         offsets = n[None, :]
     else:
         column = (o_t // (_WORDS // 4)) * _BLOCK + half_start
-        offsets = tl.minimum(column // GROUP, G - 1)[:, None] * N + n[None, :]
+        offsets = n[None, :] * G + tl.minimum(column // GROUP, G - 1)[:, None]
     return offsets
 
 
@@ -140,11 +146,15 @@ def _int4_gemv_fwd_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     thread = tl.arange(0, THREADS)
     words = _load_words(w_ptr, n, thread, N, KP // 8)
+    if OVERLAP:
+        prefetch_rows(w_scale_ptr, tl.minimum(n, N - 1), G, _power_of_2(G // 32))
     wait_for_inputs(OVERLAP)
     x_scale = _x_scale(x_ptr, x_scale_ptr, K, QUANTIZE, QMIN, QMAX, ZERO_SCALE, 32 * THREADS, STEPS)
     acc = tl.zeros([THREADS, BLOCK_N], tl.float32)
     for step in tl.static_range(STEPS):
         o_t = step * THREADS + thread  # runs of four words, 32 codes
+        if step > 0:
+            words = _load_words(w_ptr, n, o_t, N, KP // 8)
         mask = (o_t * 32 < KP)[:, None] & (n < N)[None, :]  # [THREADS, BLOCK_N]
         o_w = (o_t * 4)[:, None] + tl.arange(0, 4)[None, :]  # [THREADS, 4]
         o_k = (o_w // _WORDS) * _BLOCK + o_w % _WORDS  # column of plane 0
@@ -155,14 +165,12 @@ def _int4_gemv_fwd_kernel(
                 x_words |= _load_codes(x_ptr, columns, K, x_scale, QUANTIZE, QMIN, QMAX) << (8 * byte)
             products = tl.sum(dot4((words >> (4 * half)) & 0x0F0F0F0F, x_words[:, None, :]), axis=2)
             total = tl.sum(dot4(x_words, tl.full([THREADS, 4], 0x01010101, tl.int32)), axis=1)[:, None]
-            o_g = _group_offsets(n, o_t, half * (_BLOCK // 2), N, G, GROUP)
+            o_g = _group_offsets(n, o_t, half * (_BLOCK // 2), G, GROUP)
             zero = 8
             if HAS_ZERO:
                 zero = 8 + tl.load(zero_ptr + o_g, mask=mask, other=0).to(tl.int32)
             products = (products - zero * total).to(tl.float32)
             acc += products * tl.load(w_scale_ptr + o_g, mask=mask, other=0.0).to(tl.float32)
-        if step + 1 < STEPS:
-            words = _load_words(w_ptr, n, o_t + THREADS, N, KP // 8)
     _store_row(out_ptr, bias_ptr, n, N, tl.sum(acc, axis=0) * x_scale, HAS_BIAS)
 
 
@@ -198,10 +206,14 @@ def _int4_float_gemv_fwd_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     thread = tl.arange(0, THREADS)
     words = _load_words(w_ptr, n, thread, N, KP // 8)
+    if OVERLAP:
+        prefetch_rows(w_scale_ptr, tl.minimum(n, N - 1), G, _power_of_2(G // 32))
     wait_for_inputs(OVERLAP)
     acc = tl.zeros([THREADS, BLOCK_N], tl.float32)
     for step in tl.static_range(STEPS):
         o_t = step * THREADS + thread  # runs of four words, 32 codes
+        if step > 0:
+            words = _load_words(w_ptr, n, o_t, N, KP // 8)
         mask = (o_t * 32 < KP)[:, None] & (n < N)[None, :]  # [THREADS, BLOCK_N]
         o_w = (o_t * 4)[:, None] + tl.arange(0, 4)[None, :]  # [THREADS, 4]
         o_k = (o_w // _WORDS) * _BLOCK + o_w % _WORDS  # column of plane 0
@@ -214,10 +226,8 @@ def _int4_float_gemv_fwd_kernel(
                 products += _planted(words, plane) * b_x[:, None, :]
                 total += b_x
             b_y = tl.sum(products, axis=2)  # [THREADS, BLOCK_N]
-            o_g = _group_offsets(n, o_t, first * _PLANE, N, G, GROUP)
+            o_g = _group_offsets(n, o_t, first * _PLANE, G, GROUP)
             if HAS_ZERO:
                 b_y -= tl.load(zero_ptr + o_g, mask=mask, other=0).to(tl.float32) * tl.sum(total, axis=1)[:, None]
             acc += b_y * tl.load(w_scale_ptr + o_g, mask=mask, other=0.0).to(tl.float32)
-        if step + 1 < STEPS:
-            words = _load_words(w_ptr, n, o_t + THREADS, N, KP // 8)
     _store_row(out_ptr, bias_ptr, n, N, tl.sum(acc, axis=0), HAS_BIAS)

@@ -99,7 +99,7 @@ def _int8_few_fwd_kernel(
     w_ptrs = w_ptr + n[None, :, None] * KP + o_k  # [SPLIT, BLOCK_N, BLOCK_K]
     x_ptrs = x_ptr + m[None, :, None] * K + o_k  # [SPLIT, BLOCK_M, BLOCK_K]
     if OVERLAP and AHEAD > 0:
-        prefetch_rows(w_ptr + tl.minimum(n, N - 1) * KP, KP, AHEAD)
+        prefetch_rows(w_ptr, tl.minimum(n, N - 1), KP, AHEAD)
     wait_for_inputs(OVERLAP)
     acc = tl.zeros([SPLIT, BLOCK_N, BLOCK_M], tl.int32 if INTEGER else tl.float32)
     for start in range(0, K, SPLIT * BLOCK_K):
@@ -141,8 +141,8 @@ def _int4_few_fwd_kernel(
     m_m = (m < M)[None, :, None]
     w_ptrs = w_ptr + n[None, :, None] * (KP // 8) + (split[:, None, None] * _PLANE + lane[None, None, :])
     if OVERLAP and AHEAD > 0:
-        rows = (w_ptr + tl.minimum(n, N - 1) * (KP // 8)).to(tl.pointer_type(tl.int8))
-        prefetch_rows(rows, KP // 2, AHEAD)
+        prefetch_rows(w_ptr, tl.minimum(n, N - 1), KP // 8, AHEAD)
+        prefetch_rows(w_scale_ptr, tl.minimum(n, N - 1), G, 2)
     wait_for_inputs(OVERLAP)
     acc = tl.zeros([SPLIT, BLOCK_N, BLOCK_M], tl.float32)
     for start in range(0, KP, SPLIT * _BLOCK):
@@ -152,9 +152,9 @@ def _int4_few_fwd_kernel(
         if not INTEGER:
             halves = halves_of(words, x_ptr.dtype.element_ty)
         for first in tl.static_range(0, 8, RUN):
-            o_g = n[None, :]
+            o_g = n[None, :] * G
             if GROUP > 0:
-                o_g += tl.minimum((block + first * _PLANE) // GROUP, G - 1)[:, None] * N
+                o_g += tl.minimum((block + first * _PLANE) // GROUP, G - 1)[:, None]
             m_g = (block < KP)[:, None] & (n < N)[None, :]
             scale = tl.load(w_scale_ptr + o_g, mask=m_g, other=0.0).to(tl.float32)  # [SPLIT or 1, BLOCK_N]
             if HAS_ZERO:

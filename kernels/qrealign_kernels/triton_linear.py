@@ -1,8 +1,10 @@
 """The quantized linear products on Triton kernels: which kernel for how many tokens, and its launch.
 
-Keys of the launch tables are the number of tokens rounded up to a power of two, "m1" to "m8192". A choice gives the
-kernel's tile, warps and stages. The entry "linear_routes" gives the tokens up to which a kernel is used: INT8_FEW,
-INT4_FEW (both kinds of tokens) and INT4_TILE, behind which the library multiplies a dequantized copy of the weight.
+Keys of the launch tables are the number of tokens rounded up to a power of two, "m2" to "m8192"; for one token K so
+rounded, "k4096", and "k4096-codes" where the token comes rounded. "-wide" stands behind a key for weights of more than
+`NARROW` rows. The entry "linear_routes" gives the tokens up to which the kernels for few tokens are used: INT8_FEW and
+INT4_FEW, by the weight's bits. Behind that, integers are multiplied in tiles, and floating point tokens by the library,
+with a dequantized copy of the weight.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from qrealign_kernels.triton_activations import quantize_per_token
 from qrealign_kernels.triton_common import on_device_of
 from qrealign_kernels.triton_overlap import overlap
 
+NARROW = 8192
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -41,8 +44,8 @@ def repack_weight(
         )
     return PackedWeight(
         data=data,
-        scale=layouts.narrowest_scale(scale).t().contiguous(),  # `[G, N]`: rows of a tile are read together
-        zero_point=None if zero_point is None else zero_point.t().contiguous(),
+        scale=layouts.narrowest_scale(scale),
+        zero_point=None if zero_point is None else zero_point.contiguous(),
         shape=(codes.shape[0], codes.shape[1]),
         num_bits=num_bits,
         activation_bits=activation_bits,
@@ -78,11 +81,11 @@ def _integer_product(
     if weight.layout == ROWS8:
         if tokens <= routes["INT8_FEW"]:
             return _launch_int8_few(layouts.pad_columns(codes, layouts.ALIGNMENT), scale, weight, bias, out)
-        return _launch_int8_tile(codes, scale, weight.data, weight.scale.t(), None, bias, out)
+        return _launch_int8_tile(codes, scale, weight.data, weight.scale, None, bias, out)
     if tokens <= routes["INT4_FEW"]:
         return _launch_int4_few(codes, scale, weight, bias, out)
     # The zero point is subtracted while unpacking: 4-bit differences fit eight bits.
-    return _launch_int8_tile(codes, scale, _unpack4(weight, torch.int8), weight.scale.t(), None, bias, out)
+    return _launch_int8_tile(codes, scale, _unpack4(weight, torch.int8), weight.scale, None, bias, out)
 
 
 def _float_product(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -93,12 +96,10 @@ def _float_product(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Te
         return _launch_int8_few(x, None, weight, bias, out)
     if x.dtype in _HALVES and weight.layout == PLANES4 and tokens <= routes["INT4_FEW"]:
         return _launch_int4_few(x, None, weight, bias, out)
-    if x.dtype in _HALVES and weight.layout == PLANES4 and tokens <= routes["INT4_TILE"]:
-        return _launch_int4_tile(x, weight, bias, out)
     if weight.layout == PLANES4:
         dense = _unpack4(weight, x.dtype)
     else:
-        dense = _scale8(weight.data[:, : x.shape[1]], weight.scale.t(), None, x.dtype)
+        dense = _scale8(weight.data[:, : x.shape[1]], weight.scale, None, x.dtype)
     product = torch.mm(x, dense.T)
     return product.to(out.dtype) if bias is None else product.add_(bias).to(out.dtype)
 
@@ -141,11 +142,12 @@ def _key(tokens: int) -> str:
 
 def few_tokens(key: str) -> dict[str, int]:
     """Return what a key of the tables of kernels for few tokens stands for: all tokens are one tile."""
-    return {"BLOCK_M": 16 if key == launches.DEFAULT else max(8, int(key[1:]))}
+    return {"BLOCK_M": 16 if key == launches.DEFAULT else max(8, int(key.partition("-")[0][1:]))}
 
 
-def _few_choice(kernel: str, tokens: int, device: torch.device) -> launches.Choice:
-    return launches.choice(kernel, _key(tokens), device) | few_tokens(_key(tokens))
+def _choice(kernel: str, key: str, out: Tensor) -> launches.Choice:
+    """Return the launch of a kernel that computes `out`."""
+    return launches.choice(kernel, f"{key}-wide" if out.shape[1] > NARROW else key, out.device)
 
 
 def _group(weight: PackedWeight) -> int:
@@ -157,7 +159,8 @@ def _launch_gemv(x: Tensor | QuantizedActivations, weight: PackedWeight, bias: T
     """Multiply one token, rounding it inside the kernel where the weight wants codes."""
     (rows, columns), integer = weight.shape, weight.activation_bits is not None
     name = "int8_gemv" if weight.layout == ROWS8 else "int4_gemv" if integer else "int4_float_gemv"
-    choice = launches.choice(name, "m1", out.device)
+    rounded = integer and not isinstance(x, Tensor)
+    choice = _choice(name, f"k{triton.next_power_of_2(columns)}{'-codes' if rounded else ''}", out)
     tokens, x_scale = (x, x) if isinstance(x, Tensor) else (x.codes, x.scale)
     qmin, qmax = code_range(weight.activation_bits or 8)
     per_word = 4 if weight.layout == ROWS8 else 8
@@ -184,7 +187,7 @@ def _launch_int8_few(
     x: Tensor, x_scale: Tensor | None, weight: PackedWeight, bias: Tensor | None, out: Tensor
 ) -> Tensor:
     tokens, columns = x.shape
-    choice = _few_choice("int8_few", tokens, out.device)
+    choice = _choice("int8_few", _key(tokens), out) | few_tokens(_key(tokens))
     grid = (triton.cdiv(out.shape[1], choice["BLOCK_N"]),)
     triton_few._int8_few_fwd_kernel[grid](
         x,
@@ -210,7 +213,8 @@ def _launch_int4_few(
     x: Tensor, x_scale: Tensor | None, weight: PackedWeight, bias: Tensor | None, out: Tensor
 ) -> Tensor:
     tokens, columns = x.shape
-    choice = _few_choice("int4_few" if x_scale is None else "int4_int_few", tokens, out.device)
+    kernel = "int4_few" if x_scale is None else "int4_int_few"
+    choice = _choice(kernel, _key(tokens), out) | few_tokens(_key(tokens))
     grid = (triton.cdiv(out.shape[1], choice["BLOCK_N"]),)
     triton_few._int4_few_fwd_kernel[grid](
         x,
@@ -250,7 +254,7 @@ def _launch_int8_tile(
     groups = w_scale.shape[1]
     group = 0 if groups == 1 else columns // groups
     name = "int8_tile" if group == 0 else "int8_group_tile"
-    choice = dict(launches.choice(name, _key(tokens), out.device))
+    choice = dict(_choice(name, _key(tokens), out))
     if group % choice["BLOCK_K"]:
         choice["BLOCK_K"] = group & -group  # the largest power of two in it
     grid = (triton.cdiv(tokens, choice["BLOCK_M"]) * triton.cdiv(out.shape[1], choice["BLOCK_N"]),)
@@ -272,32 +276,6 @@ def _launch_int8_tile(
         HAS_ZERO=zero_point is not None,
         HAS_BIAS=bias is not None,
         EVEN=columns % choice["BLOCK_K"] == 0,
-        **choice,
-        **overlap(out.device),
-    )
-    return out
-
-
-def _launch_int4_tile(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> Tensor:
-    tokens, columns = x.shape
-    choice = launches.choice("int4_tile", _key(tokens), out.device)
-    grid = (triton.cdiv(tokens, choice["BLOCK_M"]) * triton.cdiv(out.shape[1], choice["BLOCK_N"]),)
-    triton_tiles._int4_tile_fwd_kernel[grid](
-        x,
-        weight.data,
-        weight.scale,
-        x if weight.zero_point is None else weight.zero_point,
-        out if bias is None else bias,
-        out,
-        tokens,
-        out.shape[1],
-        columns,
-        weight.data.shape[1] * 8,
-        weight.groups,
-        GROUP=_group(weight),
-        HAS_ZERO=weight.zero_point is not None,
-        HAS_BIAS=bias is not None,
-        EVEN=columns % BLOCK == 0,
         **choice,
         **overlap(out.device),
     )

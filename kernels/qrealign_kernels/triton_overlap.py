@@ -6,20 +6,18 @@ written. Until then it may read what no kernel writes, and packed weights are su
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
+from qrealign_kernels.triton_common import can_overlap
+
 _LINE = tl.constexpr(128)  # bytes of a cache line
 
 
-@cache
 def overlap(device: torch.device) -> dict[str, bool]:
     """Return the arguments of a launch that may overlap the one before: OVERLAP for the kernel, and Triton's own."""
-    capable = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-    return {"OVERLAP": True, "launch_pdl": True} if capable else {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True} if can_overlap(device) else {"OVERLAP": False}
 
 
 @triton.jit
@@ -31,10 +29,11 @@ def wait_for_inputs(OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def prefetch_rows(row_ptrs, row_bytes, LINES: tl.constexpr):
-    """Pull the first LINES cache lines of rows of `row_bytes` into the L2 cache; `row_ptrs` `[n]` points to bytes."""
-    offsets = tl.minimum(tl.arange(0, LINES) * _LINE, row_bytes - 1)
+def prefetch_rows(ptr, rows, columns, LINES: tl.constexpr):
+    """Pull up to LINES cache lines of each of the rows `[n]`, `columns` elements long, into the L2 cache."""
+    size: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    offsets = tl.minimum(tl.arange(0, LINES) * (_LINE // size), columns - 1)
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [row_ptrs[:, None] + offsets[None, :]],
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptr + rows[:, None] * columns + offsets[None, :]],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip

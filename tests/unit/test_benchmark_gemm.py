@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.docs import markers
 from benchmarks.gemm import __main__ as sweep
 from benchmarks.gemm import figures, measure, peers
 
@@ -84,7 +85,12 @@ def test_a_missing_package_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_peer_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    rows = sweep.measure_all(["torch bf16"], [1], 60.0, 1)
+    (rows,) = sweep.measure_all(["torch bf16"], [1], 60.0, 1)
     assert rows[-1]["peer"] == "torch bf16"
     assert "us" not in rows[-1] and rows[-1]["note"]
+    docs = tmp_path / "products.md"
+    docs.write_text("\n".join(markers(sweep.DOCS_NAME)))
+    sweep.report(rows, tmp_path, docs)
+    assert f"- torch bf16: {rows[-1]['note']}" in docs.read_text()
+    assert (tmp_path / "gemm.csv").is_file() and not (tmp_path / "summary.json").exists()
     assert sweep.run_child("torch bf16", tmp_path / "log", [], 0.01, 0) == "stopped after 0 s"
