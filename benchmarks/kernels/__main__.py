@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--summary", type=Path, default=SUMMARY, help="headline figures")
     parser.add_argument("--docs", type=Path, help="document that holds the table")
     parser.add_argument("--only", nargs="+", help="only ops whose name begins with one of these")
-    parser.add_argument("--jobs", type=int, default=8, help="processes that compile first (default: 8)")
+    parser.add_argument("--jobs", type=int, default=12, help="processes that compile first (default: 12)")
     parser.add_argument("--only-report", action="store_true", help="measure nothing")
     args = parser.parse_args()
     failed = False
