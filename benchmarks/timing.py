@@ -1,4 +1,4 @@
-"""Time of GPU work: of calls captured in a CUDA graph, without the host's share, or issued by Python, with it."""
+"""Time of GPU work without the host's share: calls are captured in a CUDA graph and replayed."""
 
 from __future__ import annotations
 
@@ -58,17 +58,16 @@ def graph_seconds(calls: Sequence[Callable[[], object]], *, repeats: int = 15) -
     return median(times) / len(calls)
 
 
-def eager_seconds(calls: Sequence[Callable[[], object]], *, repeats: int = 7) -> float:
-    """Return the median seconds of one call when Python issues all of them, one after the other, without waiting."""
+def eager_seconds(call: Callable[[], object], *, repeats: int = 7) -> float:
+    """Return the median seconds of a call as a program without graphs makes it, its host's share included."""
     bring_clocks_up()
-    for call in calls:
-        call()
     times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return median(times) / len(calls)
+    for index in range(repeats + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        if index >= 2:
+            times.append(start.elapsed_time(end) / 1e3)
+    return median(times)

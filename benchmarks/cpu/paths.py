@@ -91,7 +91,7 @@ def _onednn(layer: Layer) -> Call:
     packed = torch.ops.onednn.qlinear_prepack(layer.codes8.t(), list(layer.x.shape))
     codes = (kernels.quantize_per_token(layer.x)[0].to(torch.int16) + 128).to(torch.uint8)
     zeros, w_scale = torch.zeros(len(layer.codes8), dtype=torch.long), layer.scale8.flatten()
-    rest = (0.01, 128, packed, w_scale, zeros, None, 1.0, 0, torch.bfloat16, "none", [], "")
+    rest: tuple[object, ...] = (0.01, 128, packed, w_scale, zeros, None, 1.0, 0, torch.bfloat16, "none", [], "")
     return partial(torch.ops.onednn.qlinear_pointwise, codes, *rest)
 
 

@@ -33,7 +33,8 @@ QREALIGN_CLONES void widen(const uint16_t* bfloat16, float* out, int64_t count) 
 // `row(token, scratch)` gives the columns of a token, in scratch or elsewhere. With `even_first`, of eight columns the even
 // ones come first: they meet the low halves of a lane's four bytes.
 template <typename T, typename Sum, typename Row>
-Activations<T, Sum> lay_out(const Row& row, int64_t tokens, const PackedLinear& weight, bool even_first, bool sums, int threads) {
+Activations<T, Sum> lay_out(const Row& row, int64_t tokens, const PackedLinear& weight, bool even_first, bool sums,
+                            int threads) {
   const int64_t group_columns = weight.columns / weight.groups;
   const int64_t padded = weight.quads * (weight.num_bits == 4 ? 8 : 4);
   const int64_t padded_tokens = ceil_div(tokens, kAmxTokens) * kAmxTokens;
@@ -105,7 +106,8 @@ QREALIGN_CLONES void store_tile(const float* totals, const PackedLinear& weight,
                                 int64_t first_token, int tokens, const float* x_scale, const float* bias,
                                 const LinearOutput& out) {
   float shifts[kTileBlocks * kBlockRows] = {};
-  if (bias) std::memcpy(shifts, bias + first_row, sizeof(float) * std::min<int64_t>(blocks * kBlockRows, weight.rows - first_row));
+  const int64_t all_rows = std::min<int64_t>(blocks * kBlockRows, weight.rows - first_row);
+  if (bias) std::memcpy(shifts, bias + first_row, sizeof(float) * all_rows);
   for (int t = 0; t < tokens; ++t) {
     const float factor = x_scale ? x_scale[first_token + t] : 1.0f;
     for (int block = 0; block < blocks; ++block) {
@@ -207,7 +209,8 @@ void integer_linear(const DotKernels& kernels, const Tokens& x, const PackedLine
     }
     return scratch;
   };
-  const auto laid_out = lay_out<int8_t, int32_t>(codes_of, x.count, weight, four_bits, four_bits || weight.zero_point, threads);
+  const bool sums = four_bits || weight.zero_point;
+  const auto laid_out = lay_out<int8_t, int32_t>(codes_of, x.count, weight, four_bits, sums, threads);
   linear(laid_out, x.count, weight, four_bits ? 8 : 0, given ? x.scale : made.get(), bias, out, threads,
          four_bits ? kernels.int4 : kernels.int8);
 }

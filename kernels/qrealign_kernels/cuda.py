@@ -1,9 +1,9 @@
 """Packed linear products for a few tokens by the CUDA extension, where its launch table says that it beats Triton.
 
 It reads the layouts of `layouts.py`, so a weight that was repacked for the Triton kernels serves both. Keys of the
-launch tables `cuda_int4` and `cuda_int8` are the number of tokens rounded up to a power of two, "m1" to "m16"; a choice gives
-WARPS, ROW_TILES and STAGES of csrc/cuda/decode.h. A GPU class without an entry, a machine without the extension, and
-what the kernels do not do, go to Triton.
+launch tables `cuda_int4` and `cuda_int8` are the number of tokens rounded up to a power of two, "m1" to "m16"; a choice
+gives WARPS, ROW_TILES and STAGES of csrc/cuda/decode.h. A GPU class without an entry, a machine without the extension,
+and what the kernels do not do, go to Triton.
 """
 
 from __future__ import annotations
