@@ -1,4 +1,6 @@
-"""`python -m benchmarks.fit [--docs docs/kernels.md]`: compile every kernel with every launch choice for every target.
+"""`python -m benchmarks.fit [--docs docs/kernels.md]`: compile every kernel with every launch choice a target can get.
+
+That is all of the default table, for each target, and all of a target's own table.
 
 Needs no GPU. Prints the table of the documentation, which `--docs` renders, and what does not fit; some ten minutes on
 two cores.
@@ -15,6 +17,7 @@ import triton
 from benchmarks.docs import markdown_table, put_table
 from benchmarks.fit.cases import all_cases, builds
 from benchmarks.fit.compiling import SHARED_LIMIT, TARGETS, Fit, compile_all
+from qrealign_kernels.launches import DEFAULT
 
 DOCS_NAME = "fit table"
 
