@@ -17,7 +17,6 @@ import triton
 from benchmarks.docs import markdown_table, put_table
 from benchmarks.fit.cases import all_cases, builds
 from benchmarks.fit.compiling import SHARED_LIMIT, TARGETS, Fit, compile_all
-from qrealign_kernels.launches import DEFAULT
 
 DOCS_NAME = "fit table"
 
