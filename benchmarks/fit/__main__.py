@@ -1,4 +1,6 @@
-"""`python -m benchmarks.fit [--docs docs/kernels.md]`: compile every kernel with every launch choice for every target.
+"""`python -m benchmarks.fit [--docs docs/kernels.md]`: compile every kernel with every launch choice a target can get.
+
+That is all of the default table, for each target, and all of a target's own table.
 
 Needs no GPU. Prints the table of the documentation, which `--docs` renders, and what does not fit; some ten minutes on
 two cores.

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.calibration.ceilings import Ceilings, measure_ceilings
-from benchmarks.kernels.measures import Measure, all_measures
+from benchmarks.kernels.measures import Measure, all_measures, compile_measure
 from benchmarks.kernels.results import RESULTS, Row, publish, read_rows, write_rows
 from benchmarks.summary import SUMMARY, provenance
 from benchmarks.timing import bring_clocks_up, eager_seconds, graph_seconds
@@ -41,12 +41,6 @@ def measure_row(measure: Measure, ceilings: Ceilings) -> Row:
         copy_gb_s=ceilings.copy,
         **provenance(),
     )
-
-
-def compile_measure(index: int) -> None:
-    """Run one op once, which leaves its machine code in Triton's cache."""
-    list(all_measures())[index].prepare().calls[0]()
-    torch.cuda.synchronize()
 
 
 def main() -> int:

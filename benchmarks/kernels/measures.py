@@ -82,6 +82,15 @@ def all_measures() -> Iterator[Measure]:
         yield from _of_tokens(tokens)
 
 
+def compile_measure(index: int) -> None:
+    """Run one op once, which leaves its machine code in Triton's cache.
+
+    It stands here because a spawned process cannot import a package's `__main__`.
+    """
+    list(all_measures())[index].prepare().calls[0]()
+    torch.cuda.synchronize()
+
+
 def _of_groups(group_size: int) -> str:
     return f", groups of {group_size}" if group_size else ""
 
