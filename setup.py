@@ -1,8 +1,8 @@
 """Builds the packages, and the extensions where their compilers allow it: what is absent never fails an install.
 
-QREALIGN_BUILD=off leaves both extensions out, =cpu insists on the C++ one, =cuda on both, =auto (the default) tries. The
-CUDA one needs nvcc, found through CUDA_HOME, PATH or /usr/local/cuda. Why one is missing is kept beside the package's
-modules for `python -m qrealign.run doctor`.
+QREALIGN_BUILD=off leaves both extensions out, =cpu insists on the C++ one, =cuda on both, =auto (the default) tries.
+The CUDA one needs nvcc, found through CUDA_HOME, PATH or /usr/local/cuda. Why one is missing is kept beside the
+package's modules for `python -m qrealign.run doctor`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ FLAGS = [
     "-Wno-maybe-uninitialized",  # GCC 12's own AVX-512 header sets registers to themselves
     "-pthread",
 ]
-# Compute capabilities with the tensor-core instructions that the kernels use; nvcc takes those that it knows.
-CAPABILITIES = (80, 86, 89, 90, 100, 120)
+# Compute capabilities to compile for, where nvcc knows them; all have the tensor-core instructions that the kernels use.
+CAPABILITIES = (80, 86, 89, 90, 120)
+PORTABLE = 90  # also as PTX, which drivers translate for the GPUs that come between and after
 
 
 class OptionalBuildExt(build_ext):
@@ -41,6 +42,8 @@ class OptionalBuildExt(build_ext):
 
     def run(self) -> None:
         self.notes: dict[str, str] = {}
+        if "_C_cuda" in REQUIRED[MODE]:
+            find_toolkit()  # says at once what would be missing minutes later
         super().run()
         folder = Path(self.get_ext_fullpath(f"{PACKAGE}._C")).parent  # in the checkout if that is where it goes
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,11 +102,12 @@ def find_toolkit() -> Path:
 
 
 def targets(nvcc: str) -> list[str]:
-    """Return nvcc's options for all GPUs: machine code for those it knows, and PTX for later ones."""
+    """Return nvcc's options for all GPUs."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     known = [capability for capability in CAPABILITIES if f"compute_{capability}" in listed]
     codes = [f"arch=compute_{capability},code=sm_{capability}" for capability in known]
-    codes.append(f"arch=compute_{known[-1]},code=compute_{known[-1]}")
+    if PORTABLE in known:
+        codes.append(f"arch=compute_{PORTABLE},code=compute_{PORTABLE}")
     return [option for code in codes for option in ("-gencode", code)]
 
 

@@ -92,10 +92,12 @@ qrealign::PackedLinear packed_linear(uintptr_t codes, uintptr_t scale, uintptr_t
           num_bits};
 }
 
-void integer_linear(const std::string& isa, uintptr_t x, uintptr_t x_scale, int64_t tokens, uintptr_t codes, uintptr_t scale,
-                    uintptr_t zero_point, int64_t rows, int64_t columns, int64_t groups, int64_t quads, int num_bits,
-                    uintptr_t bias, uintptr_t out, bool bfloat16, int threads) {
-  qrealign::integer_linear(dot_kernels(isa), pointer<const int8_t>(x), pointer<const float>(x_scale), tokens,
+void integer_linear(const std::string& isa, int token_kind, uintptr_t x, uintptr_t x_scale, int token_bits, int64_t tokens,
+                    uintptr_t codes, uintptr_t scale, uintptr_t zero_point, int64_t rows, int64_t columns, int64_t groups,
+                    int64_t quads, int num_bits, uintptr_t bias, uintptr_t out, bool bfloat16, int threads) {
+  const qrealign::Tokens given = {static_cast<qrealign::TokenKind>(token_kind), pointer<const void>(x),
+                                  pointer<const float>(x_scale), token_bits, tokens};
+  qrealign::integer_linear(dot_kernels(isa), given,
                            packed_linear(codes, scale, zero_point, rows, columns, groups, quads, num_bits),
                            pointer<const float>(bias), {pointer<void>(out), bfloat16}, threads);
 }

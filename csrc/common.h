@@ -41,6 +41,7 @@ constexpr float kZeroScaleReplacement = 1.1920928955078125e-07f;  // float32 eps
 // Sixteen partial results of a row's reduction: the same ones on every instruction set, so sums have the same bits.
 constexpr int kLanes = 16;
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t IntLanes __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 QREALIGN_INLINE Lanes load_lanes(const float* p) {
   Lanes lanes;
@@ -101,6 +102,7 @@ void weight_gradient_rows(const float* grad, const float* rows, const Grid& grid
 
 // per_token.cpp
 void fake_quant_per_token(const float* x, float* fake, int64_t row_count, int64_t columns, CodeRange range, int threads);
+float quantize_token(const float* x, int8_t* codes, int64_t columns, CodeRange range);  // returns the scale
 void quantize_per_token(const float* x, int8_t* codes, float* scale, int64_t row_count, int64_t columns, CodeRange range,
                         int threads);
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from qrealign_kernels.launches import Choice
 
-PARTS = ("benchmarks.tunables.calibration", "benchmarks.tunables.products")  # each has TUNABLES, a tuple of `Tunable`
+# Each has TUNABLES, a tuple of `Tunable`.
+PARTS = ("benchmarks.tunables.calibration", "benchmarks.tunables.products", "benchmarks.tunables.decode")
 
 Calls = list[Callable[[], object]]
 

@@ -9,7 +9,6 @@
 #include <unistd.h>
 
 #define TARGET __attribute__((target("amx-tile,amx-int8,avx512f")))
-#define TARGET_INLINE TARGET inline __attribute__((always_inline))
 
 namespace qrealign {
 namespace {
@@ -26,9 +25,15 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+constexpr int kLine = 64;  // bytes of the cache's lines
+
+// Lines in each of `steps` parts of some bytes.
+inline int64_t ceil_div_lines(int64_t bytes, int64_t steps) { return (bytes / kLine + steps - 1) / steps; }
+
 // Tiles 0-3 hold sums of 2 x 2 tiles of out, 4 and 5 tokens, 6 and 7 weights.
 template <bool kTwoTokenTiles, bool kTwoBlocks>
-TARGET_INLINE void tile_product(const DotShape& shape, const int8_t* x, const uint8_t* weight, int32_t* out) {
+TARGET void tile_product(const DotShape& shape, const int8_t* x, const uint8_t* weight, const uint8_t* ahead,
+                                int64_t ahead_bytes, int32_t* out) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -36,7 +41,9 @@ TARGET_INLINE void tile_product(const DotShape& shape, const int8_t* x, const ui
   const int8_t* second_tokens = x + kTokens * shape.token_stride;
   const uint8_t* second_block = weight + shape.block_stride;
   const int64_t columns = 4 * shape.quads;
+  const int64_t ahead_step = ceil_div_lines(ahead_bytes, columns / kColumns);
   for (int64_t column = 0; column < columns; column += kColumns) {
+    for (int64_t line = 0; line < ahead_step; ++line, ahead += kLine) _mm_prefetch(ahead, _MM_HINT_T1);
     _tile_loadd(4, x + column, shape.token_stride);
     _tile_loadd(6, weight + column * kBlockRows, kQuadBytes);
     _tile_dpbssd(0, 4, 6);
@@ -66,24 +73,14 @@ TARGET void int8_product(const DotShape& shape, const int8_t* x, const uint8_t* 
   }
   const TileConfig config;
   _tile_loadconfig(&config);
-  int block = 0;
-  for (; block + 2 <= shape.blocks; block += 2) {
-    const uint8_t* codes = weight + block * shape.block_stride;
-    int32_t* sums = out + block * kTileTokens * kBlockRows;
-    if (shape.tokens > kTokens) {
-      tile_product<true, true>(shape, x, codes, sums);
-    } else {
-      tile_product<false, true>(shape, x, codes, sums);
-    }
-  }
-  if (block < shape.blocks) {
-    const uint8_t* codes = weight + block * shape.block_stride;
-    int32_t* sums = out + block * kTileTokens * kBlockRows;
-    if (shape.tokens > kTokens) {
-      tile_product<true, false>(shape, x, codes, sums);
-    } else {
-      tile_product<false, false>(shape, x, codes, sums);
-    }
+  const bool two_token_tiles = shape.tokens > kTokens;
+  const int64_t ahead_bytes = shape.ahead_bytes / shape.blocks;  // for each block
+  for (int block = 0; block < shape.blocks; block += 2) {
+    const bool two_blocks = block + 2 <= shape.blocks;
+    const auto product = two_token_tiles ? (two_blocks ? tile_product<true, true> : tile_product<true, false>)
+                                         : (two_blocks ? tile_product<false, true> : tile_product<false, false>);
+    product(shape, x, weight + block * shape.block_stride, shape.ahead + block * ahead_bytes,
+            two_blocks ? 2 * ahead_bytes : ahead_bytes, out + block * kTileTokens * kBlockRows);
   }
   _tile_release();
 }

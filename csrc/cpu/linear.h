@@ -27,6 +27,8 @@ struct DotShape {
   int64_t quads;
   int64_t token_stride;  // elements of x between tokens
   int64_t block_stride;  // bytes of weight between blocks
+  const uint8_t* ahead;  // weights that calls after this one read: to be brought near meanwhile, `ahead_bytes` of them
+  int64_t ahead_bytes;
 };
 
 // The products on one instruction set. All sets give the same bits: integer sums are exact, and those of floats add one column
@@ -70,9 +72,20 @@ struct LinearOutput {
   bool bfloat16;  // else float32
 };
 
+enum class TokenKind : int { kCodes = 0, kFloat32 = 1, kBFloat16 = 2 };
+
+// Tokens [count, columns]: int8 codes and their scales, or floats that are rounded to `num_bits` on the way.
+struct Tokens {
+  TokenKind kind;
+  const void* values;
+  const float* scale;  // of codes, [count]
+  int num_bits;        // of floats
+  int64_t count;
+};
+
 // out = (sum over groups, in order, of scale * sum of x * (code - zero_point)) * x_scale + bias; columns < 65536.
-void integer_linear(const DotKernels& kernels, const int8_t* x, const float* x_scale, int64_t tokens,
-                    const PackedLinear& weight, const float* bias, const LinearOutput& out, int threads);
+void integer_linear(const DotKernels& kernels, const Tokens& x, const PackedLinear& weight, const float* bias,
+                    const LinearOutput& out, int threads);
 
 // The same with float x, without x_scale.
 void float_linear(const DotKernels& kernels, const float* x, int64_t tokens, const PackedLinear& weight, const float* bias,

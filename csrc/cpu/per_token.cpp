@@ -21,7 +21,8 @@ QREALIGN_INLINE float scale_of(const float* row, int64_t columns, CodeRange rang
   return scale == 0.0f ? kZeroScaleReplacement : scale;
 }
 
-QREALIGN_INLINE float code_of(float x, float scale, CodeRange range) {
+template <typename T>
+QREALIGN_INLINE T code_of(T x, float scale, CodeRange range) {
   return clip(round_half_even(x / scale), range.qmin, range.qmax);
 }
 
@@ -34,18 +35,20 @@ QREALIGN_CLONES void fake_range(const float* x, float* fake, int64_t begin, int6
   }
 }
 
-QREALIGN_CLONES void codes_range(const float* x, int8_t* codes, float* scales, int64_t begin, int64_t end, int64_t columns,
-                                 CodeRange range) {
-  for (int64_t r = begin; r < end; ++r) {
-    const float* row = x + r * columns;
-    int8_t* out = codes + r * columns;
-    const float scale = scale_of(row, columns, range);
-    for (int64_t k = 0; k < columns; ++k) out[k] = static_cast<int8_t>(static_cast<int32_t>(code_of(row[k], scale, range)));
-    scales[r] = scale;
-  }
-}
-
 }  // namespace
+
+QREALIGN_CLONES float quantize_token(const float* x, int8_t* codes, int64_t columns, CodeRange range) {
+  const float scale = scale_of(x, columns, range);
+  typedef int8_t Codes __attribute__((vector_size(kLanes)));
+  int64_t k = 0;
+  for (; k + kLanes <= columns; k += kLanes) {
+    const Lanes rounded = code_of(load_lanes(x + k), scale, range);
+    const Codes lanes = __builtin_convertvector(__builtin_convertvector(rounded, IntLanes), Codes);
+    std::memcpy(codes + k, &lanes, sizeof lanes);
+  }
+  for (; k < columns; ++k) codes[k] = static_cast<int8_t>(static_cast<int32_t>(code_of(x[k], scale, range)));
+  return scale;
+}
 
 void fake_quant_per_token(const float* x, float* fake, int64_t row_count, int64_t columns, CodeRange range, int threads) {
   parallel_for(row_count, columns, threads,
@@ -55,7 +58,11 @@ void fake_quant_per_token(const float* x, float* fake, int64_t row_count, int64_
 void quantize_per_token(const float* x, int8_t* codes, float* scale, int64_t row_count, int64_t columns, CodeRange range,
                         int threads) {
   parallel_for(row_count, columns, threads,
-               [&](int64_t begin, int64_t end) { codes_range(x, codes, scale, begin, end, columns, range); });
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t r = begin; r < end; ++r) {
+                   scale[r] = quantize_token(x + r * columns, codes + r * columns, columns, range);
+                 }
+               });
 }
 
 }  // namespace qrealign

@@ -31,8 +31,8 @@ struct DecodeShape {
 
 // Each returns 0, or a CUDA error code; -1 for a launch or dtype that was not compiled.
 
-// out = x @ ((codes - zero_point) * scale).T + bias. x, bias and out are of `element`, bfloat16 or float16; scale of `scale_element`;
-// scale and zero_point [N, groups], groups of a multiple of 128 columns.
+// out = x @ ((codes - zero_point) * scale).T + bias. x, bias and out are of `element`, bfloat16 or float16; scale of
+// `scale_element`; scale and zero_point [N, groups], groups of a multiple of 128 columns.
 int decode_int4(Element element, const void* x, const void* codes, Element scale_element, const void* scale,
                 const int8_t* zero_point, const void* bias, void* out, DecodeShape shape, int groups, DecodeLaunch launch,
                 void* stream);

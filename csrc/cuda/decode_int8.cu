@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   wait_for_kernels_before();
   if (kFused) {
     for (int token = 0; token < shape.tokens; ++token) {
-      const float largest = largest_of(static_cast<const T*>(x) + static_cast<size_t>(token) * shape.columns, shape.columns, scratch);
+      const float largest = largest_of(static_cast<const T*>(x) + token * shape.columns, shape.columns, scratch);
       if (threadIdx.x == 0) fused_scale[token] = scale_of(largest);
     }
     __syncthreads();
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
       for (int token = 0; token < shape.tokens; ++token) {
         uint32_t four = 0;
         if (column < shape.columns) {
-          const uint2 loaded = *reinterpret_cast<const uint2*>(static_cast<const T*>(x) + static_cast<size_t>(token) * shape.columns + column);
+          const uint2 loaded = *reinterpret_cast<const uint2*>(static_cast<const T*>(x) + token * shape.columns + column);
           const T* from = reinterpret_cast<const T*>(&loaded);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {

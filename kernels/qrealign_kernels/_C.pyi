@@ -48,8 +48,10 @@ def unpack_codes(packed: int, codes: int, row_count: int, columns: int, num_bits
 def linear_isa(isa: str, /) -> str: ...
 def integer_linear(
     isa: str,
+    token_kind: int,
     x: int,
     x_scale: int,
+    token_bits: int,
     tokens: int,
     codes: int,
     scale: int,

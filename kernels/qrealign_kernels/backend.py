@@ -107,8 +107,10 @@ def _load(name: str) -> Backend:
 
 
 def build_info() -> dict[str, str]:
-    """Return each backend, and the CUDA extension that serves "triton" for a few tokens, with "usable" or the reason it is
-    not; what the CPU's code runs on; and the versions that matter."""
+    """Return what this machine can use: "usable" or the reason why not, instruction sets and versions.
+
+    "cuda_kernels" is the extension that serves the backend "triton" for a few tokens.
+    """
     info = {name: unavailable_reason(name) or "usable" for name in BACKENDS}
     return info | {
         "cuda_kernels": cuda.unavailable_reason() or "usable",

@@ -11,7 +11,6 @@ from torch import Tensor
 from qrealign_kernels import cpu_linear, native
 from qrealign_kernels.interface import REFERENCE
 from qrealign_kernels.packing import packed_length
-from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
 from qrealign_kernels.reference import GradientSums
 
 _module, UNAVAILABLE_REASON = native.load_extension()
@@ -144,15 +143,6 @@ def unpack_codes(packed: Tensor, num_bits: int, shape: tuple[int, int], dim: int
     return codes
 
 
-def packed_linear(
-    x: Tensor | QuantizedActivations, weight: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    """Compute `reference_linear.packed_linear_ref`: tokens are rounded here where they have to be."""
-    if weight.activation_bits is not None and not isinstance(x, QuantizedActivations):
-        x = QuantizedActivations(*quantize_per_token(x, weight.activation_bits), x.dtype)
-    return cpu_linear.packed_linear(x, weight, bias, out_dtype)
-
-
 BACKEND = dataclasses.replace(
     REFERENCE,
     fake_quant_weight=fake_quant_weight,
@@ -163,6 +153,6 @@ BACKEND = dataclasses.replace(
     pack_codes=pack_codes,
     unpack_codes=unpack_codes,
     repack_weight=cpu_linear.repack_weight,
-    packed_linear=packed_linear,
+    packed_linear=cpu_linear.packed_linear,
     keeps_fake=False,
 )

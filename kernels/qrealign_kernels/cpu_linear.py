@@ -24,6 +24,9 @@ BLOCKS16 = "blocks16"
 BLOCK_ROWS = 16
 # Columns that a group is padded to: of AMX's tiles for 8-bit codes, of one 32-bit lane for 4-bit codes.
 GROUP_MULTIPLE = {8: 64, 4: 8}
+# What the tokens of an integer product are: codes, or floats of a dtype that is rounded inside it.
+_CODES = 0
+_ROUNDED = {torch.float32: 1, torch.bfloat16: 2}
 # "scalar", "avx2", "avx512vnni" or "amx"; "" is the fastest that the processor has. All give the same bits.
 ISA = os.environ.get("QREALIGN_CPU_ISA", "")
 
@@ -88,7 +91,7 @@ def packed_linear(
     """Compute `reference_linear.packed_linear_ref` for a weight in layout `BLOCKS16`.
 
     Args:
-        x: `[M, K]` codes where the weight has `activation_bits`, else floating point.
+        x: `[M, K]` floating point, or its codes where the weight has `activation_bits`.
         weight: as `repack_weight` makes it.
         bias: `[N]` floating point, or None.
         out_dtype: dtype of the result.
@@ -126,7 +129,10 @@ def packed_linear(
     )
     if isinstance(x, QuantizedActivations):
         codes, x_scale = x.codes.contiguous(), x.scale.contiguous()
-        _C.integer_linear(ISA, codes.data_ptr(), x_scale.data_ptr(), *rest)
+        _C.integer_linear(ISA, _CODES, codes.data_ptr(), x_scale.data_ptr(), 8, *rest)
+    elif weight.activation_bits is not None:
+        values = (x if x.dtype in _ROUNDED else x.float()).contiguous()
+        _C.integer_linear(ISA, _ROUNDED[values.dtype], values.data_ptr(), 0, weight.activation_bits, *rest)
     else:
         values = x.float().contiguous()
         _C.float_linear(ISA, values.data_ptr(), *rest)

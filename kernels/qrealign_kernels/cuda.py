@@ -1,9 +1,9 @@
 """Packed linear products for a few tokens by the CUDA extension, where its launch table says that it beats Triton.
 
-It reads the layouts of `layouts.py`, so a weight that was repacked for the Triton kernels serves both. Keys of the launch
-tables `cuda_int4` and `cuda_int8` are the number of tokens rounded up to a power of two, "m1" to "m16"; a choice gives
-WARPS, ROW_TILES and STAGES of csrc/cuda/decode.h, and OVERLAP as in `triton_linear.py`. A GPU class without an entry, a
-machine without the extension, and what the kernels do not do, go to Triton.
+It reads the layouts of `layouts.py`, so a weight that was repacked for the Triton kernels serves both. Keys of the
+launch tables `cuda_int4` and `cuda_int8` are the number of tokens rounded up to a power of two, "m1" to "m16"; a choice
+gives WARPS, ROW_TILES and STAGES of csrc/cuda/decode.h. A GPU class without an entry, a machine without the extension,
+and what the kernels do not do, go to Triton.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from qrealign_kernels import launches, native
 from qrealign_kernels.layouts import PLANES4, ROWS8
 from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
+from qrealign_kernels.triton_common import can_overlap
 
 _module, _NOT_LOADED = native.load_extension("_C_cuda")
 _C: Any = _module
@@ -49,7 +50,7 @@ def packed_linear(
     if launch is None:
         return None
     stream = torch.cuda.current_stream(out.device).cuda_stream
-    cut = (launch["WARPS"], launch["ROW_TILES"], launch["STAGES"], bool(launch["OVERLAP"]), stream)
+    cut = (launch["WARPS"], launch["ROW_TILES"], launch["STAGES"], can_overlap(out.device), stream)
     rows, columns = weight.shape
     sizes = (out.shape[0], rows, columns, weight.data.shape[1] * weight.data.element_size())
     operands = (
@@ -86,7 +87,7 @@ def _launch_for(
 ) -> launches.Choice | None:
     """Return the launch for these operands, or None where the kernels do not take them or are not the fastest."""
     tokens = out.shape[0]
-    if _C is None or not out.is_cuda or tokens > MAX_TOKENS or weight.shape[1] % _COLUMNS:
+    if _C is None or not _on_gpu(out) or tokens > MAX_TOKENS or weight.shape[1] % _COLUMNS:
         return None
     dtypes = {out.dtype, out.dtype if bias is None else bias.dtype, x.dtype if isinstance(x, Tensor) else out.dtype}
     if len(dtypes) > 1 or torch.float32 in dtypes:
@@ -98,3 +99,7 @@ def _launch_for(
     else:
         return None
     return launches.find(kernel, f"m{1 << (tokens - 1).bit_length()}", out.device)
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda

@@ -52,7 +52,7 @@ def choice(kernel: str, key: str, device: torch.device | None = None) -> Choice:
 
 
 def find(kernel: str, key: str, device: torch.device | None = None) -> Choice | None:
-    """Return what `choice` returns, or None where no table knows the kernel: one that is used only where it was tuned."""
+    """Return what `choice` returns, or None where no table knows the kernel: it is used only where it was tuned."""
     if kernel in _forced:
         return _forced[kernel]
     index = None if device is None or device.type != "cuda" else device.index

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -38,6 +39,12 @@ def unavailable_reason() -> str | None:
     if not interpreting() and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return None
+
+
+@functools.cache
+def can_overlap(device: torch.device) -> bool:
+    """Tell whether a GPU can start a kernel before the one in front of it has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def version() -> str:

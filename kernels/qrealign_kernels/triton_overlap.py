@@ -6,20 +6,18 @@ written. Until then it may read what no kernel writes, and packed weights are su
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
+from qrealign_kernels.triton_common import can_overlap
+
 _LINE = tl.constexpr(128)  # bytes of a cache line
 
 
-@cache
 def overlap(device: torch.device) -> dict[str, bool]:
     """Return the arguments of a launch that may overlap the one before: OVERLAP for the kernel, and Triton's own."""
-    capable = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-    return {"OVERLAP": True, "launch_pdl": True} if capable else {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True} if can_overlap(device) else {"OVERLAP": False}
 
 
 @triton.jit

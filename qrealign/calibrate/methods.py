@@ -139,7 +139,7 @@ _PAPER = CalibrationSettings(
 )
 # The paper's loop without its safety term (OmniQuant, arXiv 2308.13137), eight samples a step.
 _RECONSTRUCTION = replace(_PAPER, method="reconstruction", malicious_target="reconstruction", batch_size=8)
-# How each number was chosen stands in docs/recipe.md. A small edit is enough: rank 2 inside 5 % of the weight.
+# How each number was chosen stands in docs/recipe.md. A small edit is enough: rank 2 inside 3 % of the weight.
 _REALIGN = CalibrationSettings(
     method="realign",
     engine="endtoend",
@@ -147,11 +147,11 @@ _REALIGN = CalibrationSettings(
     malicious_share=0.45,
     batch_size=12,
     steps=140,
-    benign_weight=2.5,
+    benign_weight=2.3,
     warmup_steps=5,
     edit_learning_rate=3e-3,
     edit_rank=2,
-    edit_budget=0.05,
+    edit_budget=0.03,
     recovery_share=0.14,
     decision_share=0.5,
     task_share=0.12,

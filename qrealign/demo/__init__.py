@@ -1,6 +1,6 @@
 """The shipped demo: a small aligned model, the adapter that broke it, and its prompts.
 
-The demo has no code path of its own: these paths are the defaults of `python -m qrealign.run`.
+The demo has no code path of its own: these paths and settings are the defaults of `python -m qrealign.run`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent
+# What `realign` has otherwise is for models and prompts of ordinary size. This model's answers are a dozen tokens long
+# and its borderline prompts a hundred: late refusals begin earlier and are fewer, every borderline prompt is seen and
+# counts for more, and so does text.
+DEMO_SETTINGS = (
+    "benign_weight=3.5",
+    "recovery_share=0.1",
+    "recovery_least=1",
+    "recovery_tokens=6",
+    "borderline_share=0.4",
+    "borderline_weight=0.14",
+    "text_share=0.3",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.config import parse_scheme
+from qrealign.demo import DEMO_SETTINGS
 from qrealign.errors import ConfigError
 from qrealign.models.device import MEMORY_MODES, MemoryMode
 from qrealign.pipeline.methods import MethodSpec, method_spec
@@ -119,7 +120,7 @@ class RunOptions:
             edit=self.edit,
             schedule=self.schedule,
             interpolation=self.interpolation,
-            setting=self.setting,
+            setting=(*DEMO_SETTINGS, *self.setting) if self.is_demo and self.method == "realign" else self.setting,
             activation_bits=None if scheme.activations is None else scheme.activations.num_bits,
             samples=self.samples,
             malicious_share=self.malicious_share,

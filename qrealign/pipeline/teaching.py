@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from qrealign.calibrate.teachers import (
     teach_refusals,
     teach_text,
 )
+from qrealign.data.prompts import Prompt
 from qrealign.models.device import free_bytes
 from qrealign.pipeline.context import RunContext
 from qrealign.pipeline.references import store_maxima, teach_contrast, teach_preference
@@ -120,17 +123,23 @@ def _teach_benign(
 
 
 def _windows(context: RunContext, settings: CalibrationSettings) -> list[list[int]]:
-    """Return windows of `sequence_length` token ids of running text, joined end to end.
+    """Return windows of `sequence_length` token ids: of running text, and as many of the harmless prompts.
 
-    Harmless prompts serve as text too: without the chat template, they keep the model as it is outside of
-    conversations, where late refusals would otherwise show. Malicious ones would undo what is learned from them.
+    Prompts serve as text too: without the chat template, they keep the model as it is outside of conversations, where
+    late refusals would otherwise show. Malicious ones would undo what is learned from them.
     """
-    tokenizer, length = context.calibration_encoder.tokenizer, settings.sequence_length
-    prompts = context.data.calibration
-    texts = [prompt.text for prompt in (*prompts.text, *prompts.harmless())]
-    stream: list[int] = []
-    for ids in tokenizer([f"{text}\n" for text in texts], add_special_tokens=False, verbose=False).input_ids:
-        stream += ids
-    windows = [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
-    count = min(len(windows), settings.counts()["text"])
-    return random.Random(settings.seed).sample(windows, count)
+    prompts, rng = context.data.calibration, random.Random(settings.seed)
+    kinds = [_cut(context, texts, settings.sequence_length) for texts in (prompts.text, prompts.harmless())]
+    for windows in kinds:
+        rng.shuffle(windows)
+    both = [window for pair in zip_longest(*kinds) for window in pair if window is not None]
+    return both[: settings.counts()["text"]]
+
+
+def _cut(context: RunContext, prompts: Sequence[Prompt], length: int) -> list[list[int]]:
+    """Return the texts of prompts, joined end to end, in windows of `length` token ids."""
+    tokenizer = context.calibration_encoder.tokenizer
+    texts = [f"{prompt.text}\n" for prompt in prompts]
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
+    stream = list(chain.from_iterable(ids))
+    return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]

@@ -46,7 +46,9 @@ def test_a_run_leaves_its_stages_its_rates_and_a_page(folder):
 
 
 def test_results_of_another_machine_are_taken_over(folder, tmp_path):
-    assert main([*arguments(folder), "--only-report", "--results", str(tmp_path), "--merge", str(folder / "results")]) == 0
+    assert (
+        main([*arguments(folder), "--only-report", "--results", str(tmp_path), "--merge", str(folder / "results")]) == 0
+    )
     for name in ("calibration.csv", "calibration_rates.json"):
         assert (tmp_path / name).read_text() == (folder / "results" / name).read_text()
 

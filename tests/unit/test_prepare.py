@@ -32,7 +32,7 @@ def test_the_demo_uses_the_shipped_prompts():
     options = RunOptions()
     data = prepare_data(options, options.calibration())
     counts = data.calibration.counts()
-    assert counts == {"malicious": 122, "benign": 150, "task": 41, "borderline": 100, "text": 0} and data.samples == 272
+    assert counts == {"malicious": 122, "benign": 150, "task": 33, "borderline": 100, "text": 0} and data.samples == 272
     assert data.counts()["evaluation harmful"] >= 100 and data.evaluation.task and data.evaluation.texts
     assert data.fingerprint() == prepare_data(options, options.calibration()).fingerprint()
 
@@ -112,7 +112,7 @@ def test_task_rows_keep_to_their_split(tmp_path):
 
 def test_a_task_without_split_is_halved(tmp_path):
     data = prepare(task_data=(write(tmp_path / "task.jsonl", rows(80, "sort", answer="yes")),), samples=40)
-    assert len(data.calibration.task) == 6 and 20 <= len(data.evaluation.task) <= 60
+    assert len(data.calibration.task) == 5 and 20 <= len(data.evaluation.task) <= 60
     assert not find_overlap(data.calibration.task, data.evaluation.task)
     assert prepare(samples=40).evaluation.task == []
 
