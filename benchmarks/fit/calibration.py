@@ -6,14 +6,16 @@ from collections.abc import Mapping
 
 from benchmarks.fit.cases import Case
 from qrealign_kernels import triton_activations as activations
+from qrealign_kernels import triton_gradient_kernels as gradients
 from qrealign_kernels import triton_weight as weights
-from qrealign_kernels import triton_weight_gradients as gradients
 
 _GRID = {"QMIN": -128, "QMAX": 127, "SYMMETRIC": True, "SCALE_KIND": 2, "MIN_SCALE": 2.0**-24}
 _ASYMMETRIC = {"QMIN": -8, "QMAX": 7, "SYMMETRIC": False, "SCALE_KIND": 0, "MIN_SCALE": 2.0**-24}
 _LEARNED = {"HAS_LOW": True, "HAS_HIGH": True, "HAS_COLUMN": True, "HAS_ROW": True}
-# Rows longer than 8,192 are those of down projections, which no scale per column is learned for.
+# A kernel may spill where its tiles hold the longest rows; down projections have these, which no column scale is
+# learned for.
 _NARROW, _WIDE, _WIDEST = ("128", "1024", "4096", "8192"), ("16384",), ("32768",)
+_SHORT, _LONG = ("128", "1024", "4096"), ("8192", "16384", "32768")
 _TOKENS = {"CODES": True, "QMIN": -128, "QMAX": 127, "ZERO_SCALE": 2.0**-23, "OVERLAP": False}
 _CODED = {"out_ptr": "*i8", "zero_point_ptr": "*i8"}
 _MANY = (*_NARROW, *_WIDE)
@@ -27,11 +29,27 @@ def _rounding(name: str, given: Mapping[str, object], keys: tuple[str, ...], *, 
         kernel=weights._fake_quant_edited_fwd_kernel,
         table="fake_quant_edited_fwd",
         types={"weight_ptr": "*bf16", "out_ptr": "*bf16"},
-        constants={**_GRID, **given} | {"CODES": False, "KEEP_EXTREMES": True, "FULL": False},
+        constants={**_GRID, **given} | {"CODES": False, "KEEP_EXTREMES": True, "FULL": False, "RANK": 0},
         from_key=weights.row_tile_columns,
         aligned=("N", "K", "C"),
         keys=keys,
         hot=hot,
+    )
+
+
+def _slightly_edited(name: str, keys: tuple[str, ...]) -> Case:
+    """Return the case of encoding a bfloat16 weight with an edit of rank 2, that of the default recipe."""
+    nothing_else = {"HAS_LOW": False, "HAS_HIGH": False, "HAS_COLUMN": False, "HAS_ROW": False}
+    flags = {"CODES": True, "KEEP_EXTREMES": False, "FULL": False, "RANK": 2}
+    return Case(
+        name=name,
+        kernel=weights._fake_quant_edited_fwd_kernel,
+        table="fake_quant_edited_fwd",
+        types={"weight_ptr": "*bf16"} | _CODED,
+        constants={**_GRID, **nothing_else, **flags},
+        from_key=weights.row_tile_columns,
+        aligned=("N", "K", "C"),
+        keys=keys,
     )
 
 
@@ -55,7 +73,7 @@ def _gradients(name: str, given: Mapping[str, object], keys: tuple[str, ...], *,
     """Return the case of reducing a bfloat16 gradient."""
     return Case(
         name=name,
-        kernel=gradients._weight_gradients_bwd_kernel,
+        kernel=gradients.weight_gradients_bwd_kernel,
         table="weight_gradients_bwd",
         types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
         constants={**_GRID, **given} | {"HAS_EXTREMES": True, "TO_WEIGHT": False, "FULL": False},
@@ -99,23 +117,22 @@ def _norm_gradients(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Ca
 CASES = (
     _rounding("weight, rounded", _LEARNED, _MANY),
     _rounding("weight, rounded, widest", _LEARNED, _WIDEST, hot=False),
+    _slightly_edited("weight with an edit of rank 2, codes", ("4096", "8192", "16384")),
     _edited("weight with an edit, codes", ("16", "32", "64")),
     _edited("weight with an edit of a rank over 64, codes", ("default",), hot=False),
-    _gradients("weight, gradients", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _NARROW),
+    _gradients("weight, gradients", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _SHORT),
     Case(
         name="weight, gradients of logits",
-        kernel=gradients._bound_gradients_bwd_kernel,
+        kernel=gradients.bound_gradients_bwd_kernel,
         table="bound_gradients_bwd",
         types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
         constants=_GRID | _LEARNED | {"TO_ROW": True, "FULL": True},
         aligned=("N", "K", "C"),
     ),
-    _gradients(
-        "weight, gradients, wide", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, (*_WIDE, *_WIDEST), hot=False
-    ),
+    _gradients("weight, gradients, long rows", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _LONG, hot=False),
     Case(
         name="product and gradients",
-        kernel=gradients._product_gradients_bwd_kernel,
+        kernel=gradients.product_gradients_bwd_kernel,
         table="product_gradients_bwd",
         types={"weight_ptr": "*bf16", "grad_ptr": "*bf16", "x_ptr": "*bf16"},
         constants=_ASYMMETRIC | {"SCALE_KIND": 2} | _LEARNED | {"TO_COLUMN": True, "TO_ROW": True, "BLOCK_C": 128},

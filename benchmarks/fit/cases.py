@@ -13,7 +13,7 @@ from qrealign_kernels import launches
 
 PARTS = ("benchmarks.fit.calibration", "benchmarks.fit.products")  # each has CASES, a tuple of `Case`
 OPTIONS = ("num_warps", "num_stages")  # of a launch choice; all else but HOST is a constexpr argument
-HOST = ("PROGRAMS",)  # of a launch choice; sizes the grid alone
+HOST = ("PROGRAMS", "TOKENS")  # of a launch choice; read by the launching code alone
 
 
 def no_constants(key: str) -> dict[str, int]:
@@ -100,10 +100,10 @@ def sample(cases: Iterable[Case]) -> list[tuple[Build, int]]:
         assert found, f"no launch table has a choice for {case.table}"
         chosen |= {(build, 89): None for build in found if build.gpu_class == launches.DEFAULT}
         for target in (80, 90, 120):
-            own = [build for build in found if build.gpu_class == f"sm{target}"]
+            ours = [build for build in found if build.gpu_class in (launches.DEFAULT, f"sm{target}")]
             if (case.kernel, target) not in once:
                 once.add((case.kernel, target))
-                chosen[(own or found)[-1], target] = None
+                chosen[ours[-1], target] = None
     return list(chosen)
 
 

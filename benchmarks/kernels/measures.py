@@ -58,7 +58,7 @@ def all_measures() -> Iterator[Measure]:
         for rows, columns, copies, given in LINEARS:
             counted = copies if group_size == 0 else 0
             yield from _of_weight(rows, columns, group_size, given, counted)
-    for rank in (8, 16, 64):
+    for rank in (2, 8, 16, 64):
         for rows, columns in ((4096, 4096), (11008, 4096), (4096, 11008)):
             yield Measure(
                 kernel="encode_weight",

@@ -37,6 +37,9 @@ from qrealign_kernels.triton_math import (
     to_int8,
 )
 
+# Edits up to this rank are added to rows held whole, a multiplication each; of a higher one, by tensor cores.
+SMALL_RANK = 8
+
 
 @triton.jit
 def weight_grid(
@@ -134,11 +137,11 @@ def _store_rounded(
 
 @triton.jit
 def _fake_quant_edited_fwd_kernel(
-    weight_ptr, low_ptr, high_ptr, column_scale_ptr, row_divisor_ptr, out_ptr, scale_ptr, zero_point_ptr, extremes_ptr,
-    N, K, C, G,
+    weight_ptr, low_ptr, high_ptr, column_scale_ptr, row_divisor_ptr, left_ptr, right_ptr, out_ptr, scale_ptr,
+    zero_point_ptr, extremes_ptr, N, K, C, G,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
     CODES: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr,
-    MIN_SCALE: tl.constexpr, KEEP_EXTREMES: tl.constexpr, FULL: tl.constexpr,
+    MIN_SCALE: tl.constexpr, KEEP_EXTREMES: tl.constexpr, FULL: tl.constexpr, RANK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(0)
@@ -156,6 +159,10 @@ def _fake_quant_edited_fwd_kernel(
     b_w = load_tile(weight_ptr + first * K + offsets, mask, FULL)
     low_share, high_share = kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
     b_w = transformed_tile(b_w, n, o_k, m_n, m_c, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL)
+    for rank in tl.static_range(RANK):  # 0 where there is no edit
+        b_left = tl.load(left_ptr + n * RANK + rank, mask=m_n, other=0.0)  # [BLOCK_N]
+        b_right = tl.load(right_ptr + rank * K + o_k, mask=m_c, other=0.0)  # [BLOCK_C]
+        b_w += b_left[:, None] * b_right[None, :]
     minimum, maximum = row_extremes(b_w)
     minimum = tl.minimum(minimum, 0.0)
     maximum = tl.maximum(maximum, 0.0)
@@ -361,23 +368,27 @@ def _launch_forward(
     outputs = [out, out if scale is None else scale, out if zero_point is None else zero_point]
     groups = columns // width
     with on_device_of(weight):
-        if left is None and width <= LARGEST_WIDTH:
+        rank = 0 if left is None else left.shape[1]
+        if rank <= SMALL_RANK and width <= LARGEST_WIDTH:
             tile = row_tile("fake_quant_edited_fwd", width, weight.device)
             full = is_full(rows, width, tile)
             grid = (groups, triton.cdiv(rows, tile["BLOCK_N"]))
             sizes = (rows, columns, width, groups)
             _fake_quant_edited_fwd_kernel[grid](
                 *inputs,
+                weight if left is None else left,
+                weight if right is None else right,
                 *outputs,
                 out if extremes is None else extremes,
                 *sizes,
                 KEEP_EXTREMES=extremes is not None,
                 FULL=full,
+                RANK=rank,
                 **constants,
                 **tile,
             )
             return
-        rank = 1 if left is None else left.shape[1]
+        rank = max(1, rank)
         tile = _edited_tile_launch(rank, width, weight.device)
         _fake_quant_edited_steps_fwd_kernel[(groups, triton.cdiv(rows, tile["BLOCK_N"]))](
             *inputs,

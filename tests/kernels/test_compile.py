@@ -55,6 +55,9 @@ def test_occupancy(change: dict[str, int], occupancy: float) -> None:
     assert dataclasses.replace(FIT, **change).occupancy == pytest.approx(occupancy)
 
 
-def test_table_has_a_column_for_every_target() -> None:
-    text = table([dataclasses.replace(FIT, target=target) for target in TARGETS])
-    assert text.splitlines()[2].count("64 / 1.0 /") == len(TARGETS)
+def test_table_has_the_most_of_all_choices_for_every_target() -> None:
+    more = dataclasses.replace(FIT, key="8192", registers=128, spilled_bytes=8)
+    text = table([dataclasses.replace(fit, target=target) for target in TARGETS for fit in (FIT, more)])
+    assert text.splitlines()[2].count("| 128 / 1.0 / ") == len(TARGETS)
+    assert text.splitlines()[2].startswith("| token, codes | 2 |")
+    assert "8 B spilled" in text

@@ -89,6 +89,21 @@ def test_value_codes_and_gradients_equal_the_definition(
     assert_gradients_agree(fake, expected, list(tensors.values()))
 
 
+@pytest.mark.parametrize("rank", [1, 8, 9, 20])
+@pytest.mark.parametrize(("group_size", "bits", "symmetric"), [(None, 8, True), (52, 4, False)])
+def test_edits_of_any_rank_equal_the_definition(
+    each_backend: str, rank: int, group_size: int | None, bits: int, symmetric: bool
+) -> None:
+    """Small ranks are added where a row is held whole, others by tensor cores."""
+    tensors = make_case(9, 260, group_size, ())
+    tensors |= {"left": 0.1 * torch.randn(9, rank), "right": 0.1 * torch.randn(rank, 260)}
+    grid = {"num_bits": bits, "group_size": group_size, "symmetric": symmetric}
+    codes, scale, _ = kernels.encode_weight(**tensors, **grid)
+    expected_codes, expected_scale, _ = definition(definitions.encode_weight_ref, tensors, **grid)
+    assert (codes != expected_codes).float().mean() < 0.003
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-2, atol=0)
+
+
 def test_result_in_half_precision_takes_a_gradient_in_it(each_backend: str) -> None:
     tensors = make_case(4, 70, None, NAMES[1:5])
     fake = kernels.fake_quant_weight(**tensors, num_bits=8, out_dtype=torch.float16)
