@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qrealign_kernels as kernels
-from qrealign_kernels import launches, reference_linear
+from qrealign_kernels import launches, layouts, reference_linear
 from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
 
 
@@ -193,6 +193,29 @@ def test_operators_are_well_formed() -> None:
         torch.library.opcheck(ops.packed_linear.default, plain)
         torch.library.opcheck(ops.int8_matmul.default, (x, x_scale, codes, scale, zero_point, None, torch.float32))
         torch.library.opcheck(ops.int8_matmul_dx.default, (torch.randn(3, 6), codes, scale, zero_point))
+
+
+def test_layout_of_four_bit_codes() -> None:
+    """Nibble p of word i of a block holds column 32 * plane + i, plane p / 2 for even p and 4 + p / 2 for odd p."""
+    codes = torch.randint(-8, 8, (3, 300), dtype=torch.int8)
+    words = layouts.to_planes4(codes)
+    assert words.shape == (3, 2 * 32)
+    padded = torch.nn.functional.pad(codes, (0, 212))
+    for nibble in range(8):
+        plane = nibble // 2 + 4 * (nibble % 2)
+        for block in range(2):
+            columns = padded[:, 256 * block + 32 * plane :][:, :32]
+            assert torch.equal((words[:, 32 * block :][:, :32] >> 4 * nibble & 15) - 8, columns.to(torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(2.0**-20, torch.bfloat16), (1.0009765625, torch.float16), (0.1, torch.float32)]
+)
+def test_scales_are_kept_in_the_narrowest_exact_dtype(value: float, dtype: torch.dtype) -> None:
+    scale = torch.full((2, 3), value)
+    kept = layouts.narrowest_scale(scale)
+    assert kept.dtype == dtype
+    assert torch.equal(kept.float(), scale)
 
 
 def test_packed_weight_describes_itself() -> None:
