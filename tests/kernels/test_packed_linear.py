@@ -67,7 +67,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float)
 @pytest.mark.parametrize("tokens", [1, 3, 17])
 def test_equals_the_definition(each_backend: str, recipe: Recipe, tokens: int) -> None:
     """K is no multiple of a kernel's block of columns, N of none of its tiles."""
-    rows, columns = 35, 384
+    rows, columns = 19, 384
     packed, plain = repack_both(recipe, *random_weight(recipe, rows, columns))
     x, bias = torch.randn(tokens, columns, dtype=torch.float16), torch.randn(rows)
     expected = reference_linear.packed_linear_ref(x, plain, bias, torch.float32)
@@ -147,7 +147,7 @@ def test_routes_for_more_tokens(recipe: Recipe, tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 19])
 def test_calibration_products(group_size: int | None, symmetric: bool, tokens: int) -> None:
     """The forward from int8 codes as `quantize_weight` writes them, and the input gradient."""
-    rows, columns = 35, 384
+    rows, columns = 19, 384
     codes, scale, zero_point = random_weight(Recipe(8, 8, group_size, symmetric), rows, columns)
     x = torch.randint(-128, 128, (tokens, columns), dtype=torch.int8)
     x_scale, bias = torch.rand(tokens, 1), torch.randn(rows)
