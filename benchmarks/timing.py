@@ -1,13 +1,13 @@
-"""Time of GPU work: of calls captured in a CUDA graph, without the host's share, or issued by Python, with it."""
+"""Time of GPU work without the host's share: calls are captured in a CUDA graph and replayed."""
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
-from torch import Tensor
 
 CACHE_BYTES = 256 * 2**20  # several times the largest L2 cache, 60 MB on an H200
 
@@ -15,6 +15,16 @@ CACHE_BYTES = 256 * 2**20  # several times the largest L2 cache, 60 MB on an H20
 def rotations(bytes_of_one: int) -> int:
     """Return how many sets of inputs of this size keep a loop over them out of the L2 cache; tiny ones may stay in."""
     return min(64, max(2, -(-CACHE_BYTES // max(1, bytes_of_one))))
+
+
+@functools.cache
+def bring_clocks_up(seconds: float = 0.3) -> None:
+    """Keep the GPU busy until it runs at full clocks: one that has idled answers the first calls at half of them."""
+    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        square @ square
+        torch.cuda.synchronize()
 
 
 def graph_seconds(calls: Sequence[Callable[[], object]], *, repeats: int = 15) -> float:
@@ -25,6 +35,7 @@ def graph_seconds(calls: Sequence[Callable[[], object]], *, repeats: int = 15) -
             need gradients of each other.
         repeats: replays that are timed, after two that are not.
     """
+    bring_clocks_up()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -47,27 +58,16 @@ def graph_seconds(calls: Sequence[Callable[[], object]], *, repeats: int = 15) -
     return median(times) / len(calls)
 
 
-def eager_seconds(calls: Sequence[Callable[[], object]], *, repeats: int = 5) -> float:
-    """Return the median seconds of one call when Python issues all of them, one after the other, without waiting."""
-    for call in calls:
-        call()
+def eager_seconds(call: Callable[[], object], *, repeats: int = 7) -> float:
+    """Return the median seconds of a call as a program without graphs makes it, its host's share included."""
+    bring_clocks_up()
     times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return median(times) / len(calls)
-
-
-def copy_bandwidth(num_bytes: int = 2**30) -> float:
-    """Return bytes a second of a copy on the device, read and written ones together."""
-    source = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-
-    def copy() -> Tensor:
-        return target.copy_(source)
-
-    return 2 * num_bytes / graph_seconds([copy])
+    for index in range(repeats + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        if index >= 2:
+            times.append(start.elapsed_time(end) / 1e3)
+    return median(times)

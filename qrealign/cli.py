@@ -163,7 +163,8 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
         choices=("auto", "resident", "low", "streamed"),
         metavar="NAME",
         help="where weights are: resident on the device, low (resident in fewer bits), streamed from the host; "
-        "auto (default) takes the first that fits",
+        "auto (default) takes the first that fits. The block-wise engine holds one block, and with low or streamed "
+        "its activations on the host",
     )
     group.add_argument(
         "--resume",

@@ -15,7 +15,7 @@ from benchmarks.calibration.geometries import GEOMETRIES, find_geometry
 from benchmarks.calibration.goals import headline_figures, record_figures
 from benchmarks.calibration.prompts import write_prompts
 from benchmarks.calibration.rows import Row, merge_rows, read_rows, write_rows
-from benchmarks.calibration.runner import Bench, RunFailed, run_case
+from benchmarks.calibration.runner import Bench, RunFailed, check_kernels, run_case
 from benchmarks.calibration.tables import (
     estimate_table,
     goal_table,
@@ -104,6 +104,8 @@ def say(line: str) -> None:
 def _prepare(args: argparse.Namespace) -> Bench:
     """Write the model unless it is there, and measure what the machine can do."""
     geometry, device = find_geometry(args.geometry, args.layers), choose_device(args.device)
+    if device.type == "cuda" and not args.no_tests:
+        check_kernels()
     say(f"writing random weights of {geometry.folder} into {args.work}, unless they are there")
     model, adapter = write_model(args.work, geometry, device), write_adapter(args.work, geometry)
     ceilings = measure_ceilings(device)

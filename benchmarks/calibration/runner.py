@@ -83,10 +83,27 @@ def run_case(bench: Bench, case: Case) -> tuple[list[Row], list[dict[str, Any]]]
     seconds = time.perf_counter() - start
     remove(output)
     if status:
-        tail = " | ".join(log.read_text(encoding="utf-8").splitlines()[-LOG_LINES:])
+        tail = _tail(log.read_text(encoding="utf-8"))
         raise RunFailed(f"{case.name} ended with exit status {status} after {seconds:.0f} s: {tail}")
     records = [read_json(path) for path in sorted(folder.glob("record*.json"))]
     return _rows(bench, case, records, seconds), records[0]["kernels"]
+
+
+def check_kernels() -> None:
+    """Run the kernels' tests on this GPU: a time says nothing of a result that is wrong.
+
+    Raises:
+        RunFailed: one has failed; the last line says how many.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "tests/kernels"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RunFailed(f"the kernels' tests fail on this GPU, so nothing is measured: {_tail(done.stdout)}")
+
+
+def _tail(text: str) -> str:
+    """Return the last lines of a log in one."""
+    return " | ".join(text.splitlines()[-LOG_LINES:])
 
 
 def _launcher(gpus: int) -> list[str]:

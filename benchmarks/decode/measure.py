@@ -21,8 +21,9 @@ from qrealign.pack.source import PackedSource
 
 CACHE_TOKENS = 2048
 PROMPT_TOKENS = 1024
-STEPS = 64
-PREFILLS = 5
+STEPS = 200
+PREFILLS = 10
+WARM_UP = 0.5  # share of the timed calls that run before them, untimed: an idle GPU's clocks are low
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +120,9 @@ def measure(
 
 
 def time_calls(call: Callable[[], object], count: int, device: torch.device) -> list[float]:
-    """Return the seconds of `count` calls, each between two events of the GPU, after one call that is not counted."""
-    call()
+    """Return the seconds of `count` calls, each between two events of the GPU, after some that are not counted."""
+    for _ in range(1 + int(WARM_UP * count)):
+        call()
     if device.type != "cuda":
         moments = [time.perf_counter()]
         for _ in range(count):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parents[1] / "results"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "deploy.md"
 ROWS, TABLE = "decode.csv", "decode"
+_PROFILE = "decode-profile-"
 _KEY = ("geometry", "weights", "batch", "compiled", "cache_tokens", "prompt_tokens", "device")
 _GEOMETRY = "llama-2-7b"
 _GB = 1e9
@@ -26,6 +28,14 @@ _FIGURES = {
     "w4a16": ("decode_7b_w4a16_vs_bf16", "memory_7b_w4a16_gb"),
     "w8a8": ("decode_7b_w8a8_vs_bf16", "memory_7b_w8a8_gb"),
 }
+
+# What a kernel does, by the first pattern that its name holds; torch.compile names its own after the operations.
+_PARTS = {
+    "attention": r"sdpa|flash|cudnn",
+    "products": r"gemv|_few_|_tile_|nvjet|splitK|gemm|decode_int",
+    "norms, gates, quantization": r"rms_norm|rsqrt|silu|quantize|amax",
+}
+_REST = "rest"
 
 Cells = dict[str, str]
 
@@ -51,12 +61,14 @@ def store_profile(folder: Path, row: Row, kernels: Mapping[str, tuple[float, int
         {"kernel": name, "us_a_step": f"{microseconds:.2f}", "launches": str(launches)}
         for name, (microseconds, launches) in kernels.items()
     ]
-    _write(folder / f"decode-profile-{row.geometry}-{row.weights}-{row.batch}-{how}.csv", lines)
+    _write(folder / f"{_PROFILE}{row.geometry}-{row.weights}-{row.batch}-{how}.csv", lines)
 
 
 def publish(rows: Sequence[Cells], folder: Path, document: Path | None = None) -> str:
-    """Return the table of the rows; write it into `document` and the headline figures into the summary."""
+    """Return the tables; write them into `document` and the headline figures into the summary."""
     text = decode_table(rows)
+    if profiles := read_profiles(folder):
+        text += f"\nMicroseconds of a step by kind of kernel (what lacks is gaps):\n\n{part_table(profiles)}"
     if document is not None:
         put_table(document, TABLE, text)
     found = headline(rows)
@@ -81,6 +93,27 @@ def decode_table(rows: Sequence[Cells]) -> str:
             + [f"{int(row[f'{name}_bytes']) / _GB:.2f}" for name in ("weight", "total", "peak", "loading")]
         )
     return markdown_table(header, lines, "llrl" + "r" * 8)
+
+
+def read_profiles(folder: Path) -> dict[str, list[Cells]]:
+    """Return the kernels of a step by the name of their profile: geometry, weights, batch and kind of step."""
+    return {
+        path.stem.removeprefix(_PROFILE): list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+        for path in sorted(folder.glob(f"{_PROFILE}*.csv"))
+    }
+
+
+def part_table(profiles: Mapping[str, Sequence[Cells]]) -> str:
+    """Return a line for each profile: the microseconds of its kernels by what they do, and how many were launched."""
+    lines = []
+    for name, kernels in profiles.items():
+        sums = dict.fromkeys([*_PARTS, _REST], 0.0)
+        for kernel in kernels:
+            part = next((part for part, pattern in _PARTS.items() if re.search(pattern, kernel["kernel"])), _REST)
+            sums[part] += float(kernel["us_a_step"])
+        launches = sum(int(kernel["launches"]) for kernel in kernels)
+        lines.append([name, *(f"{value:,.0f}" for value in sums.values()), f"{sum(sums.values()):,.0f}", str(launches)])
+    return markdown_table(["step", *_PARTS, _REST, "all", "launches"], lines, "l" + "r" * 6)
 
 
 def headline(rows: Sequence[Cells]) -> tuple[dict[str, float], dict[str, str]] | None:

@@ -1,7 +1,7 @@
 """`python -m benchmarks.fit [--docs docs/kernels.md]`: compile every kernel with every launch choice for every target.
 
-Needs no GPU. Prints a row a build and target; `--docs` renders the table of the documentation, a row a kernel with the
-launch choices of 7B layers.
+Needs no GPU. Prints the table of the documentation, which `--docs` renders, and what does not fit; some ten minutes on
+two cores.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+
+import triton
 
 from benchmarks.docs import markdown_table, put_table
 from benchmarks.fit.cases import all_cases, builds
@@ -31,21 +33,19 @@ def problems(rows: Sequence[Fit]) -> list[str]:
 
 
 def table(rows: Sequence[Fit]) -> str:
-    """Return the table: a row a kernel and launch choice, a column a target."""
-    cells = {(row.case, row.gpu_class, row.key, row.target): row for row in rows}
+    """Return the table: a row a kernel, a column a target, and in it the most and the least of all launch choices."""
     body = []
-    for case, gpu_class, key in dict.fromkeys(name[:3] for name in cells):
-        fits = [cells.get((case, gpu_class, key, target)) for target in TARGETS]
-        warps = next(fit.num_warps for fit in fits if fit is not None)
-        body.append([case, f"{gpu_class}/{key}", str(warps), *map(_cell, fits)])
-    return markdown_table(["kernel", "launch", "warps", *(f"sm_{target}" for target in TARGETS)], body, "llr")
+    for case in dict.fromkeys(row.case for row in rows):
+        fits = [[row for row in rows if row.case == case and row.target == target] for target in TARGETS]
+        body.append([case, str(len(fits[0])), *map(_cell, fits)])
+    return markdown_table(["kernel", "choices", *(f"sm_{target}" for target in TARGETS)], body, "lr")
 
 
-def _cell(fit: Fit | None) -> str:
-    if fit is None:
-        return ""
-    spills = f", {fit.spilled_bytes} B spilled" if fit.spilled_bytes else ""
-    return f"{fit.registers} / {fit.shared_bytes / 1024:.1f} / {100 * fit.occupancy:.0f} %{spills}"
+def _cell(fits: Sequence[Fit]) -> str:
+    registers, shared = max(fit.registers for fit in fits), max(fit.shared_bytes for fit in fits)
+    spilled = max(fit.spilled_bytes for fit in fits)
+    text = f"{registers} / {shared / 1024:.1f} / {100 * min(fit.occupancy for fit in fits):.0f} %"
+    return f"{text}, {spilled} B spilled" if spilled else text
 
 
 def main() -> int:
@@ -62,6 +62,7 @@ def main() -> int:
     ]
     rows = compile_all(jobs)
     text = table(sorted(rows, key=lambda row: jobs.index((row.case, row.gpu_class, row.key, row.target))))
+    text += f"\nCompiled by triton {triton.__version__}.\n"
     print(text)
     if args.docs is not None:
         put_table(args.docs, DOCS_NAME, text)

@@ -2,50 +2,155 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from benchmarks.fit.cases import Case
 from qrealign_kernels import triton_activations as activations
+from qrealign_kernels import triton_gradient_kernels as gradients
 from qrealign_kernels import triton_weight as weights
-from qrealign_kernels import triton_weight_gradients as gradients
 
 _GRID = {"QMIN": -128, "QMAX": 127, "SYMMETRIC": True, "SCALE_KIND": 2, "MIN_SCALE": 2.0**-24}
 _ASYMMETRIC = {"QMIN": -8, "QMAX": 7, "SYMMETRIC": False, "SCALE_KIND": 0, "MIN_SCALE": 2.0**-24}
 _LEARNED = {"HAS_LOW": True, "HAS_HIGH": True, "HAS_COLUMN": True, "HAS_ROW": True}
+# A kernel may spill where its tiles hold the longest rows; down projections have these, which no column scale is
+# learned for.
+_NARROW, _WIDE, _WIDEST = ("128", "1024", "4096", "8192"), ("16384",), ("32768",)
+_SHORT, _LONG = ("128", "1024", "4096"), ("8192", "16384", "32768")
 _TOKENS = {"CODES": True, "QMIN": -128, "QMAX": 127, "ZERO_SCALE": 2.0**-23, "OVERLAP": False}
 _CODED = {"out_ptr": "*i8", "zero_point_ptr": "*i8"}
+_MANY = (*_NARROW, *_WIDE)
+_FEW = tuple(f"{key}-few" for key in _NARROW)
 
-CASES = (
-    Case(
-        name="weight, rounded",
+
+def _rounding(name: str, given: Mapping[str, object], keys: tuple[str, ...], *, hot: bool = True) -> Case:
+    """Return the case of rounding a bfloat16 weight to bfloat16."""
+    return Case(
+        name=name,
         kernel=weights._fake_quant_edited_fwd_kernel,
         table="fake_quant_edited_fwd",
         types={"weight_ptr": "*bf16", "out_ptr": "*bf16"},
-        constants=_GRID | _LEARNED | {"CODES": False},
+        constants={**_GRID, **given} | {"CODES": False, "KEEP_EXTREMES": True, "FULL": False, "RANK": 0},
         from_key=weights.row_tile_columns,
-        aligned=("K", "C"),
-    ),
-    Case(
-        name="weight with an edit, codes",
+        aligned=("N", "K", "C"),
+        keys=keys,
+        hot=hot,
+    )
+
+
+def _slightly_edited(name: str, keys: tuple[str, ...]) -> Case:
+    """Return the case of encoding a bfloat16 weight with an edit of rank 2, that of the default recipe."""
+    nothing_else = {"HAS_LOW": False, "HAS_HIGH": False, "HAS_COLUMN": False, "HAS_ROW": False}
+    flags = {"CODES": True, "KEEP_EXTREMES": False, "FULL": False, "RANK": 2}
+    return Case(
+        name=name,
+        kernel=weights._fake_quant_edited_fwd_kernel,
+        table="fake_quant_edited_fwd",
+        types={"weight_ptr": "*bf16"} | _CODED,
+        constants={**_GRID, **nothing_else, **flags},
+        from_key=weights.row_tile_columns,
+        aligned=("N", "K", "C"),
+        keys=keys,
+    )
+
+
+def _in_steps(name: str, keys: tuple[str, ...]) -> Case:
+    """Return the case of rounding a bfloat16 weight whose rows fill no tile."""
+    flags = {"HAS_EDIT": False, "CODES": False, "ONE_STEP": False, "KEEP_EXTREMES": True, "FULL": True}
+    return Case(
+        name=name,
+        kernel=weights._fake_quant_edited_steps_fwd_kernel,
+        table="fake_quant_edited_steps_fwd",
+        types={"weight_ptr": "*bf16", "out_ptr": "*bf16"},
+        constants={**_GRID, **_LEARNED, **flags, "BLOCK_RANK": 16},
+        aligned=("N", "K", "C"),
+        keys=keys,
+    )
+
+
+def _edited(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Case:
+    """Return the case of encoding a bfloat16 weight with an edit."""
+    nothing_else = {"HAS_LOW": False, "HAS_HIGH": False, "HAS_COLUMN": False, "HAS_ROW": False}
+    return Case(
+        name=name,
         kernel=weights._fake_quant_edited_steps_fwd_kernel,
         table="fake_quant_edited_steps_fwd",
         types={"weight_ptr": "*bf16"} | _CODED,
         constants=_ASYMMETRIC
-        | {"HAS_LOW": False, "HAS_HIGH": False, "HAS_COLUMN": False, "HAS_ROW": False}
-        | {"HAS_EDIT": True, "CODES": True, "ONE_STEP": False},
+        | nothing_else
+        | {"HAS_EDIT": True, "CODES": True, "ONE_STEP": False}
+        | {"KEEP_EXTREMES": False, "FULL": False},
         from_key=weights.edited_tile_rank,
-        aligned=("K", "C"),
-    ),
-    Case(
-        name="weight, gradients",
-        kernel=gradients._weight_gradients_bwd_kernel,
+        aligned=("N", "K", "C"),
+        keys=keys,
+        hot=hot,
+    )
+
+
+def _gradients(name: str, given: Mapping[str, object], keys: tuple[str, ...], *, hot: bool = True) -> Case:
+    """Return the case of reducing a bfloat16 gradient."""
+    return Case(
+        name=name,
+        kernel=gradients.weight_gradients_bwd_kernel,
         table="weight_gradients_bwd",
         types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
-        constants=_GRID | _LEARNED | {"TO_COLUMN": True, "TO_ROW": True, "TO_WEIGHT": False},
+        constants={**_GRID, **given} | {"HAS_EXTREMES": True, "TO_WEIGHT": False, "FULL": False},
         from_key=weights.row_tile_columns,
-        aligned=("K", "C"),
+        aligned=("N", "K", "C"),
+        keys=keys,
+        hot=hot,
+    )
+
+
+def _gate(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Case:
+    """Return the case of gating and quantizing bfloat16 tokens."""
+    return Case(
+        name=name,
+        kernel=activations._silu_mul_quantize_fwd_kernel,
+        table="silu_mul_quantize",
+        types={"gate_ptr": "*bf16", "up_ptr": "*bf16", "out_ptr": "*i8"},
+        constants=_TOKENS | {"KIND": 2},
+        from_key=activations.token_columns,
+        aligned=("C", "stride_gr", "stride_ur"),
+        keys=keys,
+        hot=hot,
+    )
+
+
+def _norm_gradients(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Case:
+    """Return the case of the backward of a norm of bfloat16 tokens."""
+    floats = ("grad_ptr", "x_ptr", "weight_ptr", "grad_x_ptr")
+    return Case(
+        name=name,
+        kernel=activations._rms_norm_bwd_kernel,
+        table="rms_norm_bwd",
+        types=dict.fromkeys(floats, "*bf16") | {"eps": "fp32", "offset": "fp32"},
+        from_key=activations.token_columns,
+        aligned=("C", "stride_xr"),
+        keys=keys,
+        hot=hot,
+    )
+
+
+CASES = (
+    _rounding("weight, rounded", _LEARNED, _MANY),
+    _rounding("weight, rounded, widest", _LEARNED, _WIDEST, hot=False),
+    _slightly_edited("weight with an edit of rank 2, codes", ("4096", "8192", "16384")),
+    _edited("weight with an edit, codes", ("16", "32", "64")),
+    _edited("weight with an edit of a rank over 64, codes", ("default",), hot=False),
+    _in_steps("weight, rounded in steps", ("rows",)),
+    _gradients("weight, gradients", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _SHORT),
+    Case(
+        name="weight, gradients of logits",
+        kernel=gradients.bound_gradients_bwd_kernel,
+        table="bound_gradients_bwd",
+        types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
+        constants=_GRID | _LEARNED | {"TO_ROW": True, "FULL": True},
+        aligned=("N", "K", "C"),
     ),
+    _gradients("weight, gradients, long rows", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _LONG, hot=False),
     Case(
         name="product and gradients",
-        kernel=gradients._product_gradients_bwd_kernel,
+        kernel=gradients.product_gradients_bwd_kernel,
         table="product_gradients_bwd",
         types={"weight_ptr": "*bf16", "grad_ptr": "*bf16", "x_ptr": "*bf16"},
         constants=_ASYMMETRIC | {"SCALE_KIND": 2} | _LEARNED | {"TO_COLUMN": True, "TO_ROW": True, "BLOCK_C": 128},
@@ -69,24 +174,10 @@ CASES = (
         from_key=activations.token_columns,
         aligned=("C", "stride_xr"),
     ),
-    Case(
-        name="gate and token, codes",
-        kernel=activations._silu_mul_quantize_fwd_kernel,
-        table="silu_mul_quantize",
-        types={"gate_ptr": "*bf16", "up_ptr": "*bf16", "out_ptr": "*i8"},
-        constants=_TOKENS | {"KIND": 2},
-        from_key=activations.token_columns,
-        aligned=("C", "stride_gr", "stride_ur"),
-    ),
-    Case(
-        name="RMS norm, gradients",
-        kernel=activations._rms_norm_bwd_kernel,
-        table="rms_norm_bwd",
-        types={name: "*bf16" for name in ("grad_ptr", "x_ptr", "weight_ptr", "grad_x_ptr")}
-        | {"eps": "fp32", "offset": "fp32"},
-        from_key=activations.token_columns,
-        aligned=("C", "stride_xr"),
-    ),
+    _gate("gate and token, codes", (*_FEW, *_MANY)),
+    _gate("gate and token, codes, widest", _WIDEST, hot=False),
+    _norm_gradients("RMS norm, gradients", (*_FEW, *_NARROW)),
+    _norm_gradients("RMS norm, gradients, wide", (*_WIDE, *_WIDEST), hot=False),
     Case(
         name="gate, gradients",
         kernel=activations._silu_mul_bwd_kernel,

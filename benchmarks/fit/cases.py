@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import triton
@@ -12,7 +12,8 @@ import triton
 from qrealign_kernels import launches
 
 PARTS = ("benchmarks.fit.calibration", "benchmarks.fit.products")  # each has CASES, a tuple of `Case`
-OPTIONS = ("num_warps", "num_stages")  # of a launch choice; all else in it is a constexpr argument
+OPTIONS = ("num_warps", "num_stages")  # of a launch choice; all else but HOST is a constexpr argument
+HOST = ("PROGRAMS", "TOKENS")  # of a launch choice; read by the launching code alone
 
 
 def no_constants(key: str) -> dict[str, int]:
@@ -32,6 +33,7 @@ class Case:
         constants: constexpr argument -> value.
         from_key: constexpr arguments that a key of the table stands for, such as the width of a tile.
         aligned: integer arguments that real layers make multiples of 16; all pointers are.
+        keys: of the table's keys these alone; None for all.
         hot: it may not spill registers.
         fp_fusion: the compiler may fuse a multiplication into the addition after it.
     """
@@ -43,6 +45,7 @@ class Case:
     constants: Mapping[str, object] = field(default_factory=dict)
     from_key: Callable[[str], dict[str, int]] = no_constants
     aligned: tuple[str, ...] = ()
+    keys: tuple[str, ...] | None = None
     hot: bool = True
     fp_fusion: bool = False
 
@@ -74,11 +77,34 @@ def builds(case: Case) -> Iterator[Build]:
     classes = sorted((path.stem for path in launches.TABLES.glob("*.json")), key=lambda name: name != launches.DEFAULT)
     for gpu_class in classes:
         for key, choice in launches.table(gpu_class).get(case.table, {}).items():
+            if case.keys is not None and key not in case.keys:
+                continue
             build = Build(case.name, gpu_class, key, tuple(sorted(choice.items())))
             identity = (tuple(case.from_key(key).items()), build.choice)
             if identity not in seen:
                 seen.add(identity)
                 yield build
+
+
+def sample(cases: Iterable[Case]) -> list[tuple[Build, int]]:
+    """Return what a test compiles of all builds and targets, which take minutes on two cores.
+
+    Every case with every default choice for compute capability 8.9, which has the least shared memory and is what
+    users have; of every kernel one choice for each other target, its own class's where a table has one. The rest is
+    compiled by `python -m benchmarks.fit`. 8.6 is left to it too: the compiler treats it as 8.9.
+    """
+    chosen: dict[tuple[Build, int], None] = {}
+    once: set[tuple[object, int]] = set()
+    for case in cases:
+        found = list(builds(case))
+        assert found, f"no launch table has a choice for {case.table}"
+        chosen |= {(build, 89): None for build in found if build.gpu_class == launches.DEFAULT}
+        for target in (80, 90, 120):
+            ours = [build for build in found if build.gpu_class in (launches.DEFAULT, f"sm{target}")]
+            if (case.kernel, target) not in once:
+                once.add((case.kernel, target))
+                chosen[ours[-1], target] = None
+    return list(chosen)
 
 
 def signature(case: Case, constants: Mapping[str, object]) -> dict[str, str]:

@@ -88,12 +88,12 @@ def compile_one(case_name: str, gpu_class: str, key: str, target: int) -> Fit:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from benchmarks.fit.cases import OPTIONS, all_cases, signature
+    from benchmarks.fit.cases import HOST, OPTIONS, all_cases, signature
     from qrealign_kernels import launches
 
     case = all_cases()[case_name]
     choice = launches.table(gpu_class)[case.table][key]
-    tiles = {name: value for name, value in choice.items() if name not in OPTIONS}
+    tiles = {name: value for name, value in choice.items() if name not in (*OPTIONS, *HOST)}
     constants = {**case.constants, **case.from_key(key), **tiles}
     types = signature(case, constants)
     position = {name: (index,) for index, name in enumerate(types)}

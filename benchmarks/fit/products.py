@@ -75,12 +75,6 @@ CASES = (
         _CODES,
         _FLAGS | {"GROUP": 128, "HAS_ZERO": False},
     ),
-    _product(
-        "int4_tile",
-        triton_tiles._int4_tile_fwd_kernel,
-        _FLOATS,
-        _FLAGS | _GROUPS,
-    ),
     _product("unpack4", triton_tiles._unpack4_kernel, _WORDS, _GROUPS | {"SCALED": True}),
     _product("scale8", triton_tiles._scale8_kernel, _CODES, {"GROUP": 0, "HAS_ZERO": False}),
 )

@@ -9,7 +9,6 @@ import argparse
 import functools
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from benchmarks.gemm.peers import PEERS, ROWS, ROWS_OF, TUNING, Peer
 from benchmarks.timing import eager_seconds, graph_seconds, rotations
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 12288))  # (K, N) of Llama-2-7B: o, gate and up, down, qkv
-WARM_UP_S = 0.3
 SWEEP_S = 0.02  # of calls between two looks at the clock
 
 
@@ -45,15 +43,6 @@ def let_tuners_measure(briefly: bool) -> None:
         triton.testing.do_bench = lambda call, **options: (call(), [1.0, 1.0, 1.0])[1]
 
 
-def raise_clocks(seconds: float = WARM_UP_S) -> None:
-    """Keep the GPU busy until its clocks are up."""
-    matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        matrix @ matrix
-        torch.cuda.synchronize()
-
-
 def time_product(peer: Peer, packed: list[Any], plain: torch.Tensor, tokens: int) -> dict[str, Any]:
     """Return one row: microseconds of one product in a CUDA graph and issued from Python, and its relative error."""
     inputs = [torch.randn(tokens, plain.shape[1], device="cuda", dtype=peer.dtype) for _ in packed]
@@ -64,8 +53,8 @@ def time_product(peer: Peer, packed: list[Any], plain: torch.Tensor, tokens: int
         want, got = (inputs[0] @ plain.T).float(), calls[0]().float()
         row["error"] = ((got - want).norm() / want.norm()).item()
     # A product that takes long needs no more than two weights to keep them out of the cache.
-    calls = calls[: max(2, math.ceil(SWEEP_S / eager_seconds(calls[:2], repeats=2)))]
-    row["eager_us"] = 1e6 * eager_seconds(calls)
+    calls = calls[: max(2, math.ceil(SWEEP_S / eager_seconds(calls[0], repeats=2)))]
+    row["eager_us"] = 1e6 * eager_seconds(lambda: [call() for call in calls]) / len(calls)
     try:
         row["us"] = 1e6 * graph_seconds(calls)
     except Exception as error:
@@ -81,7 +70,6 @@ def measure(name: str, shapes: list[tuple[int, int]], rows: list[int], log: Path
     except ImportError as error:
         append(log, peer=name, note=f"not installed: {error}")
         return
-    raise_clocks()
     for columns, outputs in shapes:
         plain = torch.randn(outputs, columns, device="cuda", dtype=peer.dtype) * 0.02
         count = rotations(columns * outputs * peer.bits // 8)

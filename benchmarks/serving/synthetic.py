@@ -29,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.synthetic", description=__doc__)
     parser.add_argument("geometry")
     parser.add_argument("weights", help="bf16, or a scheme")
+    parser.add_argument("--layers", type=int, metavar="N", help="fewer decoder blocks than the model has")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--max-slots", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=1024)
@@ -39,7 +40,7 @@ def main() -> None:
     from qrealign.serve.options import ServeOptions
     from qrealign.serve.server import listen, run_server
 
-    geometry, device = find_geometry(options.geometry, None), choose_device(options.device)
+    geometry, device = find_geometry(options.geometry, options.layers), choose_device(options.device)
     model, _ = load(geometry, None if options.weights == "bf16" else options.weights, device)
     encoder = ChatEncoder(word_tokenizer(geometry.vocabulary), max_length=options.max_length)
     served = ServedModel(

@@ -16,6 +16,7 @@ from benchmarks.tunables.tunable import Calls, Tunable
 from qrealign_kernels.launches import Choice
 from qrealign_kernels.reference_calibration import WeightTransform
 from qrealign_kernels.triton_activations import rms_norm_gradients
+from qrealign_kernels.triton_weight import fake_quant_edited_weight
 from qrealign_kernels.triton_weight_gradients import edited_weight_gradients
 
 # Key -> rows, columns and group size of the weight that stands for it.
@@ -26,7 +27,8 @@ WEIGHTS = {
     "16384": (4096, 11008, 0),
     "32768": (8192, 28672, 0),
 }
-EDITED = {"16": (4096, 4096, 8), "32": (4096, 4096, 32), "64": (4096, 4096, 64)}
+BOUNDS = {"rows": (11008, 4096, 0), "groups": (4096, 4096, 128)}
+EDITED = {"rows": (4096, 11008, 0), "16": (4096, 4096, 8), "32": (4096, 4096, 32), "64": (4096, 4096, 64)}
 TOKENS = {
     "4096": (2048, 4096),
     "8192": (2048, 8192),
@@ -54,18 +56,41 @@ def weight_candidates(key: str) -> list[Choice]:
     """Return tiles of whole groups: many rows of short ones, one row of long ones."""
     width, short = int(key), int(key) <= 1024
     return grid(
+        {"BLOCK_N": (8, 16, 32, 64) if short else (1, 2), "num_warps": (1, 2, 4, 8) if short else (2, 4, 8, 16, 32)},
+        lambda choice: _held(choice, width, "BLOCK_N"),
+    )
+
+
+def gradient_candidates(key: str) -> list[Choice]:
+    """Return the same tiles with how many programs share the rows, and whether a program loads a tile ahead."""
+    return [
+        choice | {"AHEAD": ahead, "PROGRAMS": programs}
+        for choice in weight_candidates(key)
+        for ahead in (1, 2)
+        for programs in (264, 528, 1056)
+    ]
+
+
+def bound_candidates(key: str) -> list[Choice]:
+    """Return tiles of a step along some rows."""
+    return grid(
         {
-            "BLOCK_N": (16, 32, 64) if short else (1,),
-            "STEPS": (1, 4, 16),
-            "AHEAD": (1, 2),
-            "num_warps": (4, 8) if short else (4, 8, 16, 32),
+            "BLOCK_N": (1, 2, 4, 8) if key == "rows" else (8, 16, 32, 64),
+            "BLOCK_C": (256, 512, 1024) if key == "rows" else (128,),
+            "AHEAD": (1, 3),
+            "num_warps": (1, 2, 4, 8),
         },
-        lambda choice: _held(choice, width, "BLOCK_N") and (choice["AHEAD"] == 1 or choice["STEPS"] > 2),
+        lambda choice: 8 <= choice["BLOCK_N"] * choice["BLOCK_C"] / (32 * choice["num_warps"]) <= 16,
     )
 
 
 def edited_candidates(key: str) -> list[Choice]:
     """Return tiles of a few rows and a part of their columns."""
+    if key == "rows":
+        return grid(
+            {"BLOCK_N": (1, 2, 4, 8), "BLOCK_C": (256, 512, 1024), "AHEAD": (1, 3), "num_warps": (1, 2, 4, 8)},
+            lambda choice: 8 <= choice["BLOCK_N"] * choice["BLOCK_C"] / (32 * choice["num_warps"]) <= 16,
+        )
     return grid(
         {"BLOCK_N": (16, 32, 64), "BLOCK_C": (64, 128, 256), "AHEAD": (1, 2, 3), "num_warps": (4, 8)},
         lambda choice: 1024 <= choice["BLOCK_N"] * choice["BLOCK_C"] <= 8192,
@@ -75,7 +100,13 @@ def edited_candidates(key: str) -> list[Choice]:
 def product_candidates(key: str) -> list[Choice]:
     """Return tiles of the rows of some groups of 128 and the tokens of a step."""
     return grid(
-        {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "AHEAD": (1, 2, 3), "num_warps": (4, 8)},
+        {
+            "BLOCK_M": (32, 64, 128),
+            "BLOCK_N": (32, 64, 128),
+            "AHEAD": (1, 2, 3),
+            "num_warps": (4, 8),
+            "TOKENS": (0, 256),  # with 0 it is the two-kernel form that is timed
+        },
         lambda choice: choice["AHEAD"] * choice["BLOCK_M"] * (choice["BLOCK_N"] + 128) <= 48 * 1024,
     )
 
@@ -123,23 +154,34 @@ def forward_calls(rows: int, columns: int, group_size: int) -> Calls:
 
 
 def gradient_calls(rows: int, columns: int, group_size: int) -> Calls:
-    """Return calls that reduce a bfloat16 gradient to all that is learned.
+    """Return calls that reduce a bfloat16 gradient to all that is learned."""
+    return backward_calls(rows, columns, learned(rows, columns, group_size))
+
+
+def bound_calls(rows: int, columns: int, group_size: int) -> Calls:
+    """Return calls that reduce a bfloat16 gradient to the logits."""
+    arguments = learned(rows, columns, group_size)
+    del arguments["column_scale"], arguments["row_divisor"]
+    return backward_calls(rows, columns, arguments)
+
+
+def backward_calls(rows: int, columns: int, arguments: dict[str, Any]) -> Calls:
+    """Return calls of the backward of `fake_quant_weight` with what its forward keeps.
 
     Autograd would start them on the stream of the forward pass, which a graph cannot capture.
     """
-    arguments = learned(rows, columns, group_size)
-    transform = WeightTransform(arguments.pop("column_scale"), arguments.pop("row_divisor"))
-    call = partial(
-        edited_weight_gradients,
-        transform=transform,
-        wanted=frozenset({"low_logit", "high_logit", "column_scale", "row_divisor"}),
-        symmetric=True,
-        scale_dtype=torch.bfloat16,
-        **arguments,
-    )
-    return [
-        partial(call, _randn(rows, columns), _randn(rows, columns) * 0.02) for _ in range(rotations(4 * rows * columns))
-    ]
+    given = dict(arguments)
+    transform = WeightTransform(given.pop("column_scale", None), given.pop("row_divisor", None))
+    wanted = frozenset(name for name, value in arguments.items() if isinstance(value, Tensor))
+    grid = {name: given.pop(name) for name in ("num_bits", "group_size")}
+    shared: dict[str, Any] = {"transform": transform, "symmetric": True, "scale_dtype": torch.bfloat16} | given | grid
+    calls: Calls = []
+    for _ in range(rotations(4 * rows * columns)):
+        weight = _randn(rows, columns) * 0.02
+        _, extremes = fake_quant_edited_weight(weight, out_dtype=torch.bfloat16, keep=True, **shared)
+        grad = _randn(rows, columns)
+        calls.append(partial(edited_weight_gradients, grad, weight, wanted=wanted, extremes=extremes, **shared))
+    return calls
 
 
 def product_calls(tokens: int, rows: int, columns: int, group_size: int) -> Calls:
@@ -158,7 +200,13 @@ def product_calls(tokens: int, rows: int, columns: int, group_size: int) -> Call
 
 
 def edited_calls(rows: int, columns: int, rank: int) -> Calls:
-    """Return calls that encode a bfloat16 weight with an edit."""
+    """Return calls that encode a bfloat16 weight with an edit; with rank 0, that round one with learned bounds."""
+    if rank == 0:
+        arguments = learned(rows, columns, 0) | {"column_scale": None, "row_divisor": None}
+        return [
+            partial(kernels.fake_quant_weight, _randn(rows, columns) * 0.02, **arguments, out_dtype=torch.bfloat16)
+            for _ in range(rotations(4 * rows * columns))
+        ]
     left, right = _randn(rows, rank, dtype=torch.float32) * 0.01, _randn(rank, columns, dtype=torch.float32) * 0.02
     return [
         partial(kernels.encode_weight, _randn(rows, columns) * 0.02, num_bits=8, left=left, right=right)
@@ -201,7 +249,8 @@ def gate_calls(tokens: int, columns: int) -> Calls:
 
 TUNABLES = (
     Tunable(name="fake_quant_edited_fwd", keys=WEIGHTS, candidates=weight_candidates, make_calls=forward_calls),
-    Tunable(name="weight_gradients_bwd", keys=WEIGHTS, candidates=weight_candidates, make_calls=gradient_calls),
+    Tunable(name="weight_gradients_bwd", keys=WEIGHTS, candidates=gradient_candidates, make_calls=gradient_calls),
+    Tunable(name="bound_gradients_bwd", keys=BOUNDS, candidates=bound_candidates, make_calls=bound_calls),
     Tunable(name="fake_quant_edited_steps_fwd", keys=EDITED, candidates=edited_candidates, make_calls=edited_calls),
     Tunable(
         name="product_gradients_bwd",

@@ -15,18 +15,25 @@ from qrealign_kernels import launches, triton_linear
 from qrealign_kernels.launches import Choice
 from qrealign_kernels.quantized import QuantizedActivations
 
-SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # (K, N); one choice serves all layers, so all are timed
+NARROW, WIDE, LONG = (4096, 4096), (4096, 11008), (11008, 4096)  # (K, N)
 GROUP = 128
-FEW_KEYS = {f"m{tokens}": (tokens,) for tokens in (2, 4, 8, 16, 32, 64)}
-TILE_KEYS = {f"m{tokens}": (tokens,) for tokens in (32, 64, 128, 256, 512, 1024, 2048, 4096)}
+# Key -> tokens, and the layers that it serves, all of which are timed.
+GEMV_KEYS = {"k4096": (1, NARROW), "k4096-wide": (1, WIDE), "k16384": (1, LONG)}
+FEW_KEYS = {
+    f"m{tokens}{suffix}": (tokens, *shapes)
+    for tokens in (2, 4, 8, 16, 32, 64)
+    for suffix, shapes in (("", (NARROW, LONG)), ("-wide", (WIDE,)))
+}
+TILE_KEYS = {f"m{tokens}": (tokens, NARROW, WIDE, LONG) for tokens in (32, 64, 128, 256, 512, 1024, 2048, 4096)}
 
 
-def product_calls(num_bits: int, activation_bits: int | None, tokens: int) -> Calls:
-    """Return calls of the product over all shapes; tokens that become codes are codes already, but for a single one."""
+def product_calls(num_bits: int, activation_bits: int | None, tokens: int, *shapes: tuple[int, int]) -> Calls:
+    """Return calls of the product over layers (default: all); only a single token is rounded in the call."""
     calls: Calls = []
-    for columns, rows in SHAPES:
+    shapes = shapes or (NARROW, WIDE, LONG)
+    for columns, rows in shapes:
         groups = 1 if num_bits == 8 else columns // GROUP
-        for _ in range(rotations(sum(k * n for k, n in SHAPES) * num_bits // 8)):
+        for _ in range(rotations(sum(k * n for k, n in shapes) * num_bits // 8)):
             low, high = -(1 << (num_bits - 1)), 1 << (num_bits - 1)
             codes = torch.randint(low, high, (rows, columns), dtype=torch.int8, device="cuda")
             scale = (torch.rand(rows, groups, device="cuda") + 0.1).bfloat16()
@@ -40,16 +47,16 @@ def product_calls(num_bits: int, activation_bits: int | None, tokens: int) -> Ca
     return calls
 
 
-def routed_calls(num_bits: int, activation_bits: int | None, few: bool, tokens: int) -> Calls:
+def routed_calls(num_bits: int, activation_bits: int | None, few: bool, tokens: int, *shapes: tuple[int, int]) -> Calls:
     """Return the same calls, held to the kernel for few tokens or to tiles, whichever the tables would take."""
     limit = tokens if few else 0
-    routes = {"INT8_FEW": limit, "INT4_FEW": limit, "INT4_TILE": 0 if few else tokens}
+    routes = {"INT8_FEW": limit, "INT4_FEW": limit}
 
     def run(call: Callable[[], object]) -> object:
         with launches.forced("linear_routes", routes):
             return call()
 
-    return [partial(run, call) for call in product_calls(num_bits, activation_bits, tokens)]
+    return [partial(run, call) for call in product_calls(num_bits, activation_bits, tokens, *shapes)]
 
 
 def gemv_candidates(key: str) -> list[Choice]:
@@ -93,21 +100,12 @@ def int8_tile_candidates(key: str) -> list[Choice]:
     ]
 
 
-def int4_tile_candidates(key: str) -> list[Choice]:
-    """Return tiles that unpack 4-bit codes in registers."""
-    return [
-        {"BLOCK_M": m, "BLOCK_N": n, "STRIP": 8, "num_warps": n // 16, "num_stages": stages}
-        for m, n, stages in itertools.product((32, 64, 128), (64, 128), (2, 3))
-        if m <= int(key[1:])
-    ]
-
-
 TUNABLES = (
-    Tunable(name="int8_gemv", keys={"m1": (1,)}, candidates=gemv_candidates, make_calls=partial(product_calls, 8, 8)),
-    Tunable(name="int4_gemv", keys={"m1": (1,)}, candidates=gemv_candidates, make_calls=partial(product_calls, 4, 8)),
+    Tunable(name="int8_gemv", keys=GEMV_KEYS, candidates=gemv_candidates, make_calls=partial(product_calls, 8, 8)),
+    Tunable(name="int4_gemv", keys=GEMV_KEYS, candidates=gemv_candidates, make_calls=partial(product_calls, 4, 8)),
     Tunable(
         name="int4_float_gemv",
-        keys={"m1": (1,)},
+        keys=GEMV_KEYS,
         candidates=gemv_candidates,
         make_calls=partial(product_calls, 4, None),
     ),
@@ -137,14 +135,8 @@ TUNABLES = (
     ),
     Tunable(
         name="int8_group_tile",
-        keys={"m1024": (1024,), "m4096": (4096,)},
+        keys={key: TILE_KEYS[key] for key in ("m1024", "m4096")},
         candidates=int8_tile_candidates,
         make_calls=partial(routed_calls, 4, 8, False),
-    ),
-    Tunable(
-        name="int4_tile",
-        keys={"m64": (64,), "m128": (128,), "m256": (256,)},
-        candidates=int4_tile_candidates,
-        make_calls=partial(routed_calls, 4, None, False),
     ),
 )

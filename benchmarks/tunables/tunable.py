@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qrealign_kernels.launches import Choice
 
@@ -27,7 +28,7 @@ class Tunable:
     """
 
     name: str
-    keys: Mapping[str, tuple[int, ...]]
+    keys: Mapping[str, tuple[Any, ...]]
     candidates: Callable[[str], list[Choice]]
     make_calls: Callable[..., Calls]
 

@@ -14,7 +14,7 @@ from qrealign_kernels.reference_calibration import WeightGradients, WeightTransf
 
 
 class EditedFakeQuantFunction(torch.autograd.Function):
-    """`fake_quant_edited_weight_ref` by a backend that fuses it: the backward recomputes all from the arguments."""
+    """`fake_quant_edited_weight_ref` by a backend that fuses it; of the grid, the groups' extremes alone are kept."""
 
     @staticmethod
     def forward(
@@ -31,23 +31,26 @@ class EditedFakeQuantFunction(torch.autograd.Function):
         backend: Backend,
     ) -> Tensor:
         assert backend.fake_quant_edited_weight is not None
-        ctx.save_for_backward(weight, low_logit, high_logit, column_scale, row_divisor, left, right)
-        ctx.grid, ctx.backend = grid, backend
         transform = WeightTransform(column_scale, row_divisor, left, right)
-        return backend.fake_quant_edited_weight(
-            weight, low_logit, high_logit, transform=transform, out_dtype=out_dtype, **grid
+        learns_bounds = any(ctx.needs_input_grad) and (low_logit is not None or high_logit is not None)
+        fake, extremes = backend.fake_quant_edited_weight(
+            weight, low_logit, high_logit, transform=transform, out_dtype=out_dtype, keep=learns_bounds, **grid
         )
+        ctx.save_for_backward(weight, low_logit, high_logit, *transform, extremes)
+        ctx.grid, ctx.backend = grid, backend
+        return fake
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, low_logit, high_logit, *transform = ctx.saved_tensors
+        weight, low_logit, high_logit, *transform, extremes = ctx.saved_tensors
         gradients = ctx.backend.edited_weight_gradients(
             grad,
             weight,
             low_logit,
             high_logit,
             transform=WeightTransform(*transform),
+            extremes=extremes,
             wanted=frozenset(itertools.compress(WeightGradients._fields, ctx.needs_input_grad)),
             **ctx.grid,
         )

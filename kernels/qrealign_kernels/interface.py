@@ -36,7 +36,7 @@ class Backend:
     int8_matmul: Callable[..., Tensor]
     int8_matmul_dx: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     encode_weight: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
-    fake_quant_edited_weight: Callable[..., Tensor] | None
+    fake_quant_edited_weight: Callable[..., tuple[Tensor, Tensor | None]] | None
     edited_weight_gradients: Callable[..., WeightGradients] | None
     reduced_weight_gradient: Callable[..., WeightGradients]
     rms_norm_quantize: Callable[..., tuple[Tensor, Tensor]]

@@ -1,7 +1,8 @@
 """Launch choices of the Triton kernels: one committed table per GPU class, made by `benchmarks/tune.py`.
 
 A table is `launch_tables/<class>.json`: kernel name -> key -> tile sizes, warps and stages. A kernel's own module says
-what its keys mean; the key "default" answers all that a table does not name, and the class "default" every GPU that has
+what its keys mean; a key that a table lacks is answered by the key without its last "-suffix", in the end by the key
+"default", and the class "default" every GPU that has
 no table. Nothing is read, and no device asked, before the first launch.
 """
 
@@ -59,9 +60,18 @@ def find(kernel: str, key: str, device: torch.device | None = None) -> Choice | 
         index = torch.cuda.current_device()
     for name in (DEFAULT if index is None else gpu_class(index), DEFAULT):
         entries = table(name).get(kernel, {})
-        if (found := entries.get(key) or entries.get(DEFAULT)) is not None:
+        if (found := _entry(entries, key)) is not None:
             return found
     return None
+
+
+def _entry(entries: dict[str, Choice], key: str) -> Choice | None:
+    """Return the entry of a key, of the key without what follows its last dash, ..., or the default entry."""
+    while key not in entries:
+        if "-" not in key:
+            return entries.get(DEFAULT)
+        key = key.rpartition("-")[0]
+    return entries[key]
 
 
 @contextlib.contextmanager

@@ -107,19 +107,17 @@ def _int8_gemv_fwd_kernel(
     thread = tl.arange(0, THREADS)
     byte = tl.arange(0, 4)
     words = _load_words(w_ptr, n, thread, N, KP // 4)
-    if OVERLAP and STEPS > 1:
-        prefetch_rows(w_ptr, tl.minimum(n, N - 1), KP // 4, _power_of_2(KP // 128))
     wait_for_inputs(OVERLAP)
     x_scale = _x_scale(x_ptr, x_scale_ptr, K, QUANTIZE, QMIN, QMAX, ZERO_SCALE, 16 * THREADS, STEPS)
     acc = tl.zeros([THREADS, BLOCK_N], tl.int32)
     for step in tl.static_range(STEPS):
         o_t = step * THREADS + thread  # runs of 16 columns
+        if step > 0:
+            words = _load_words(w_ptr, n, o_t, N, KP // 4)
         o_k = (o_t * 16)[:, None, None] + (byte * 4)[None, :, None] + byte[None, None, :]
         codes = _load_codes(x_ptr, o_k, K, x_scale, QUANTIZE, QMIN, QMAX)
         x_words = tl.sum(codes << (byte * 8)[None, None, :], axis=2)  # [THREADS, 4]
         acc += tl.sum(dot4(words, x_words[:, None, :]), axis=2)
-        if step + 1 < STEPS:
-            words = _load_words(w_ptr, n, o_t + THREADS, N, KP // 4)
     values = tl.sum(acc, axis=0).to(tl.float32)
     values = values * tl.load(w_scale_ptr + n, mask=n < N, other=0.0).to(tl.float32) * x_scale
     _store_row(out_ptr, bias_ptr, n, N, values, HAS_BIAS)
@@ -149,15 +147,14 @@ def _int4_gemv_fwd_kernel(
     thread = tl.arange(0, THREADS)
     words = _load_words(w_ptr, n, thread, N, KP // 8)
     if OVERLAP:
-        rows = tl.minimum(n, N - 1)
-        prefetch_rows(w_scale_ptr, rows, G, _power_of_2(G // 32))
-        if STEPS > 1:
-            prefetch_rows(w_ptr, rows, KP // 8, _power_of_2(KP // 256))
+        prefetch_rows(w_scale_ptr, tl.minimum(n, N - 1), G, _power_of_2(G // 32))
     wait_for_inputs(OVERLAP)
     x_scale = _x_scale(x_ptr, x_scale_ptr, K, QUANTIZE, QMIN, QMAX, ZERO_SCALE, 32 * THREADS, STEPS)
     acc = tl.zeros([THREADS, BLOCK_N], tl.float32)
     for step in tl.static_range(STEPS):
         o_t = step * THREADS + thread  # runs of four words, 32 codes
+        if step > 0:
+            words = _load_words(w_ptr, n, o_t, N, KP // 8)
         mask = (o_t * 32 < KP)[:, None] & (n < N)[None, :]  # [THREADS, BLOCK_N]
         o_w = (o_t * 4)[:, None] + tl.arange(0, 4)[None, :]  # [THREADS, 4]
         o_k = (o_w // _WORDS) * _BLOCK + o_w % _WORDS  # column of plane 0
@@ -174,8 +171,6 @@ def _int4_gemv_fwd_kernel(
                 zero = 8 + tl.load(zero_ptr + o_g, mask=mask, other=0).to(tl.int32)
             products = (products - zero * total).to(tl.float32)
             acc += products * tl.load(w_scale_ptr + o_g, mask=mask, other=0.0).to(tl.float32)
-        if step + 1 < STEPS:
-            words = _load_words(w_ptr, n, o_t + THREADS, N, KP // 8)
     _store_row(out_ptr, bias_ptr, n, N, tl.sum(acc, axis=0) * x_scale, HAS_BIAS)
 
 
@@ -212,14 +207,13 @@ def _int4_float_gemv_fwd_kernel(
     thread = tl.arange(0, THREADS)
     words = _load_words(w_ptr, n, thread, N, KP // 8)
     if OVERLAP:
-        rows = tl.minimum(n, N - 1)
-        prefetch_rows(w_scale_ptr, rows, G, _power_of_2(G // 32))
-        if STEPS > 1:
-            prefetch_rows(w_ptr, rows, KP // 8, _power_of_2(KP // 256))
+        prefetch_rows(w_scale_ptr, tl.minimum(n, N - 1), G, _power_of_2(G // 32))
     wait_for_inputs(OVERLAP)
     acc = tl.zeros([THREADS, BLOCK_N], tl.float32)
     for step in tl.static_range(STEPS):
         o_t = step * THREADS + thread  # runs of four words, 32 codes
+        if step > 0:
+            words = _load_words(w_ptr, n, o_t, N, KP // 8)
         mask = (o_t * 32 < KP)[:, None] & (n < N)[None, :]  # [THREADS, BLOCK_N]
         o_w = (o_t * 4)[:, None] + tl.arange(0, 4)[None, :]  # [THREADS, 4]
         o_k = (o_w // _WORDS) * _BLOCK + o_w % _WORDS  # column of plane 0
@@ -236,6 +230,4 @@ def _int4_float_gemv_fwd_kernel(
             if HAS_ZERO:
                 b_y -= tl.load(zero_ptr + o_g, mask=mask, other=0).to(tl.float32) * tl.sum(total, axis=1)[:, None]
             acc += b_y * tl.load(w_scale_ptr + o_g, mask=mask, other=0.0).to(tl.float32)
-        if step + 1 < STEPS:
-            words = _load_words(w_ptr, n, o_t + THREADS, N, KP // 8)
     _store_row(out_ptr, bias_ptr, n, N, tl.sum(acc, axis=0), HAS_BIAS)

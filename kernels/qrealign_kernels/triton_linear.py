@@ -1,9 +1,10 @@
 """The quantized linear products on Triton kernels: which kernel for how many tokens, and its launch.
 
 Keys of the launch tables are the number of tokens rounded up to a power of two, "m2" to "m8192"; for one token K so
-rounded, "k4096", and "k4096-codes" where the token comes rounded. A choice gives the
-kernel's tile, warps and stages. The entry "linear_routes" gives the tokens up to which a kernel is used: INT8_FEW,
-INT4_FEW (both kinds of tokens) and INT4_TILE, behind which the library multiplies a dequantized copy of the weight.
+rounded, "k4096", and "k4096-codes" where the token comes rounded. "-wide" stands behind a key for weights of more than
+`NARROW` rows. The entry "linear_routes" gives the tokens up to which the kernels for few tokens are used: INT8_FEW and
+INT4_FEW, by the weight's bits. Behind that, integers are multiplied in tiles, and floating point tokens by the library,
+with a dequantized copy of the weight.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from qrealign_kernels.triton_activations import quantize_per_token
 from qrealign_kernels.triton_common import on_device_of
 from qrealign_kernels.triton_overlap import overlap
 
+NARROW = 8192
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -94,8 +96,6 @@ def _float_product(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Te
         return _launch_int8_few(x, None, weight, bias, out)
     if x.dtype in _HALVES and weight.layout == PLANES4 and tokens <= routes["INT4_FEW"]:
         return _launch_int4_few(x, None, weight, bias, out)
-    if x.dtype in _HALVES and weight.layout == PLANES4 and tokens <= routes["INT4_TILE"]:
-        return _launch_int4_tile(x, weight, bias, out)
     if weight.layout == PLANES4:
         dense = _unpack4(weight, x.dtype)
     else:
@@ -142,11 +142,12 @@ def _key(tokens: int) -> str:
 
 def few_tokens(key: str) -> dict[str, int]:
     """Return what a key of the tables of kernels for few tokens stands for: all tokens are one tile."""
-    return {"BLOCK_M": 16 if key == launches.DEFAULT else max(8, int(key[1:]))}
+    return {"BLOCK_M": 16 if key == launches.DEFAULT else max(8, int(key.partition("-")[0][1:]))}
 
 
-def _few_choice(kernel: str, tokens: int, device: torch.device) -> launches.Choice:
-    return launches.choice(kernel, _key(tokens), device) | few_tokens(_key(tokens))
+def _choice(kernel: str, key: str, out: Tensor) -> launches.Choice:
+    """Return the launch of a kernel that computes `out`."""
+    return launches.choice(kernel, f"{key}-wide" if out.shape[1] > NARROW else key, out.device)
 
 
 def _group(weight: PackedWeight) -> int:
@@ -159,8 +160,7 @@ def _launch_gemv(x: Tensor | QuantizedActivations, weight: PackedWeight, bias: T
     (rows, columns), integer = weight.shape, weight.activation_bits is not None
     name = "int8_gemv" if weight.layout == ROWS8 else "int4_gemv" if integer else "int4_float_gemv"
     rounded = integer and not isinstance(x, Tensor)
-    key = f"k{triton.next_power_of_2(columns)}{'-codes' if rounded else ''}"
-    choice = launches.choice(name, key, out.device)
+    choice = _choice(name, f"k{triton.next_power_of_2(columns)}{'-codes' if rounded else ''}", out)
     tokens, x_scale = (x, x) if isinstance(x, Tensor) else (x.codes, x.scale)
     qmin, qmax = code_range(weight.activation_bits or 8)
     per_word = 4 if weight.layout == ROWS8 else 8
@@ -187,7 +187,7 @@ def _launch_int8_few(
     x: Tensor, x_scale: Tensor | None, weight: PackedWeight, bias: Tensor | None, out: Tensor
 ) -> Tensor:
     tokens, columns = x.shape
-    choice = _few_choice("int8_few", tokens, out.device)
+    choice = _choice("int8_few", _key(tokens), out) | few_tokens(_key(tokens))
     grid = (triton.cdiv(out.shape[1], choice["BLOCK_N"]),)
     triton_few._int8_few_fwd_kernel[grid](
         x,
@@ -213,7 +213,8 @@ def _launch_int4_few(
     x: Tensor, x_scale: Tensor | None, weight: PackedWeight, bias: Tensor | None, out: Tensor
 ) -> Tensor:
     tokens, columns = x.shape
-    choice = _few_choice("int4_few" if x_scale is None else "int4_int_few", tokens, out.device)
+    kernel = "int4_few" if x_scale is None else "int4_int_few"
+    choice = _choice(kernel, _key(tokens), out) | few_tokens(_key(tokens))
     grid = (triton.cdiv(out.shape[1], choice["BLOCK_N"]),)
     triton_few._int4_few_fwd_kernel[grid](
         x,
@@ -253,7 +254,7 @@ def _launch_int8_tile(
     groups = w_scale.shape[1]
     group = 0 if groups == 1 else columns // groups
     name = "int8_tile" if group == 0 else "int8_group_tile"
-    choice = dict(launches.choice(name, _key(tokens), out.device))
+    choice = dict(_choice(name, _key(tokens), out))
     if group % choice["BLOCK_K"]:
         choice["BLOCK_K"] = group & -group  # the largest power of two in it
     grid = (triton.cdiv(tokens, choice["BLOCK_M"]) * triton.cdiv(out.shape[1], choice["BLOCK_N"]),)
@@ -275,32 +276,6 @@ def _launch_int8_tile(
         HAS_ZERO=zero_point is not None,
         HAS_BIAS=bias is not None,
         EVEN=columns % choice["BLOCK_K"] == 0,
-        **choice,
-        **overlap(out.device),
-    )
-    return out
-
-
-def _launch_int4_tile(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> Tensor:
-    tokens, columns = x.shape
-    choice = launches.choice("int4_tile", _key(tokens), out.device)
-    grid = (triton.cdiv(tokens, choice["BLOCK_M"]) * triton.cdiv(out.shape[1], choice["BLOCK_N"]),)
-    triton_tiles._int4_tile_fwd_kernel[grid](
-        x,
-        weight.data,
-        weight.scale,
-        x if weight.zero_point is None else weight.zero_point,
-        out if bias is None else bias,
-        out,
-        tokens,
-        out.shape[1],
-        columns,
-        weight.data.shape[1] * 8,
-        weight.groups,
-        GROUP=_group(weight),
-        HAS_ZERO=weight.zero_point is not None,
-        HAS_BIAS=bias is not None,
-        EVEN=columns % BLOCK == 0,
         **choice,
         **overlap(out.device),
     )

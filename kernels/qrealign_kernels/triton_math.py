@@ -17,22 +17,28 @@ from qrealign_kernels.triton_common import interpreting
 FP_FUSION = False
 FLOAT_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of `round_to`
 INTERPRETED = tl.constexpr(interpreting())
-_ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: a float32 that large has no bits for a fraction
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: a float32 that large has no bits for a fraction
 
 
 @triton.jit
 def round_half_even(x):
     """Round to the nearest integer, for |x| < 2**22."""
-    return (x + _ROUNDER) - _ROUNDER
+    return (x + ROUNDER) - ROUNDER
 
 
 @triton.jit
 def to_int8(x):
-    """Convert integers in [-128, 127] held as float32: their two's complement stands in the low bits of the sum.
+    """Convert integers in [-128, 127] held as float32."""
+    return low_byte(x + ROUNDER)
+
+
+@triton.jit
+def low_byte(x):
+    """Convert integers in [-128, 127] that ROUNDER was added to: their two's complement stands in the lowest bits.
 
     Four times the throughput of the hardware's conversion.
     """
-    return (x + _ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+    return x.to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -40,6 +46,86 @@ def clip(x, low, high):
     """Set what is beyond a bound to it; a NaN stays one."""
     x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def sigmoid(x):
+    """Return 1 / (1 + e**-x), on GPUs with the bits that torch gives."""
+    return tl.div_rn(1.0, 1.0 + exponential(-x))
+
+
+@triton.jit
+def _combine_extremes(low, high, other_low, other_high):
+    return tl.minimum(low, other_low), tl.maximum(high, other_high)
+
+
+@triton.jit
+def row_extremes(tile):
+    """Return minimum and maximum of each row of a tile."""
+    if INTERPRETED:  # walks through a reduction of its own kind element by element
+        return tl.min(tile, axis=1), tl.max(tile, axis=1)
+    else:  # one exchange between warps for both
+        return tl.reduce((tile, tile), 1, _combine_extremes)
+
+
+@triton.jit
+def _combine_pair(a, b, other_a, other_b):
+    return a + other_a, b + other_b
+
+
+@triton.jit
+def row_sums_2(a, b):
+    """Return the sums of each row of two tiles, as `row_extremes` does."""
+    if INTERPRETED:
+        return tl.sum(a, axis=1), tl.sum(b, axis=1)
+    else:
+        return tl.reduce((a, b), 1, _combine_pair)
+
+
+@triton.jit
+def _combine_four(a, b, c, d, other_a, other_b, other_c, other_d):
+    return a + other_a, b + other_b, c + other_c, d + other_d
+
+
+@triton.jit
+def row_sums_4(a, b, c, d):
+    """Return the sums of each row of four tiles, as `row_extremes` does."""
+    if INTERPRETED:
+        return tl.sum(a, axis=1), tl.sum(b, axis=1), tl.sum(c, axis=1), tl.sum(d, axis=1)
+    else:
+        return tl.reduce((a, b, c, d), 1, _combine_four)
+
+
+@triton.jit
+def _combine_five(a, b, c, d, e, other_a, other_b, other_c, other_d, other_e):
+    return a + other_a, b + other_b, c + other_c, d + other_d, e + other_e
+
+
+@triton.jit
+def row_sums_5(a, b, c, d, e):
+    """Return the sums of each row of five tiles, as `row_extremes` does."""
+    if INTERPRETED:
+        return tl.sum(a, axis=1), tl.sum(b, axis=1), tl.sum(c, axis=1), tl.sum(d, axis=1), tl.sum(e, axis=1)
+    else:
+        return tl.reduce((a, b, c, d, e), 1, _combine_five)
+
+
+@triton.jit
+def load_tile(pointers, mask, FULL: tl.constexpr):
+    """Load a tile as float32; one known to be FULL pays for no mask."""
+    if FULL:
+        return tl.load(pointers).to(tl.float32)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(pointers, tile, mask, FULL: tl.constexpr):
+    """Store a tile; one known to be FULL pays for no mask."""
+    if FULL:
+        tl.store(pointers, tile)
+    else:
+        tl.store(pointers, tile, mask=mask)
 
 
 @triton.jit

@@ -1,7 +1,6 @@
-"""Triton kernels of quantized products for many tokens: tiles on tensor cores, and copies for a library.
+"""Triton kernels of quantized products for many tokens: tiles of integers, and copies of weights for a library.
 
-The weight is the left operand here too: on Hopper its tile may then come from registers, where 4-bit codes are
-unpacked, and the token side of a tile may be as narrow as eight.
+The weight is the left operand, as in `triton_few.py`, so that the token side of a tile may be narrow.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import triton
 import triton.language as tl
 
 from qrealign_kernels.layouts import BLOCK, PLANE
-from qrealign_kernels.triton_few import halves_of, plane_of, store_transposed
+from qrealign_kernels.triton_few import plane_of, store_transposed
 from qrealign_kernels.triton_overlap import wait_for_inputs
 
 _BLOCK = tl.constexpr(BLOCK)
@@ -71,51 +70,6 @@ def _int8_tile_fwd_kernel(
         values *= tl.load(w_scale_ptr + rows_n * stride_sn).to(tl.float32)[:, None]
     values *= tl.load(x_scale_ptr + m, mask=m < M, other=0.0)[None, :]
     store_transposed(out_ptr, bias_ptr, n, m, N, M, values, HAS_BIAS)
-
-
-@triton.jit
-def _int4_tile_fwd_kernel(
-    x_ptr, w_ptr, w_scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, KP, G,
-    GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
-    OVERLAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STRIP: tl.constexpr,
-):  # fmt: skip
-    """x `[M, K]` floating point by 4-bit codes, scaled in registers and rounded to x's dtype. EVEN: 256 divides K."""
-    RUN: tl.constexpr = 4 if GROUP == 0 or GROUP >= 4 * _PLANE else GROUP // _PLANE  # planes that share a scale
-    tile_n, tile_m = _tile(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), STRIP)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    lane = tl.arange(0, _PLANE)
-    rows_n = (n % N).to(tl.int64)[:, None]
-    w_ptrs = w_ptr + rows_n * (KP // 8) + lane[None, :]
-    x_ptrs = x_ptr + (m % M).to(tl.int64)[:, None] * K + lane[None, :]
-    wait_for_inputs(OVERLAP)
-    dtype = x_ptr.dtype.element_ty
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for start in range(0, KP, _BLOCK):
-        words = tl.load(w_ptrs + start // 8)  # [BLOCK_N, 32]
-        halves = halves_of(words, dtype)
-        for first in tl.static_range(0, 8, RUN):
-            o_g = (n % N) * G
-            if GROUP > 0:
-                o_g += tl.minimum((start + first * _PLANE) // GROUP, G - 1)
-            scale = tl.load(w_scale_ptr + o_g).to(dtype)[:, None]
-            if HAS_ZERO:
-                zero = tl.load(zero_ptr + o_g).to(dtype)[:, None]
-            for plane in tl.static_range(first, first + RUN):
-                if EVEN:
-                    b_x = tl.load(x_ptrs + (start + plane * _PLANE))
-                else:
-                    inside = start + plane * _PLANE + lane < K
-                    b_x = tl.load(x_ptrs + (start + plane * _PLANE), mask=inside[None, :], other=0)
-                b_w = halves[plane]
-                if HAS_ZERO:
-                    b_w -= zero
-                if GROUP > 0:
-                    b_w *= scale
-                acc = tl.dot(b_w, b_x.T, acc)
-    if GROUP == 0:
-        acc *= tl.load(w_scale_ptr + n % N).to(tl.float32)[:, None]
-    store_transposed(out_ptr, bias_ptr, n, m, N, M, acc, HAS_BIAS)
 
 
 @triton.jit

@@ -1,9 +1,10 @@
 """Triton kernels that transform, edit and round a weight in one pass.
 
 A program owns whole scale groups of a few rows. Where a group fits a tile, its weights are read once, stay in
-registers, and whatever the backward needs of the grid is computed again: the forward keeps nothing. Only an edit takes
-a second path, in steps along the columns, because its product `left @ right` pays off for tiles of many rows, which
-registers cannot hold in full width; the second reading of a row then mostly meets the L2 cache.
+registers, and of what the backward needs the forward keeps the extremes alone. Two cases take a second path, in steps
+along the columns, whose second reading of a row mostly meets a cache: an edit of more than a small rank, because its
+product `left @ right` pays off for tiles of many rows, which registers cannot hold in full width; and long rows that
+would leave much of their tile idle.
 """
 
 from __future__ import annotations
@@ -18,17 +19,27 @@ from torch import Tensor
 from qrealign_kernels import launches
 from qrealign_kernels.reference import MIN_SCALE, code_range, kept_share
 from qrealign_kernels.reference_calibration import WeightTransform
-from qrealign_kernels.triton_common import LARGEST_WIDTH, on_device_of, tile_width, width_key
+from qrealign_kernels.triton_common import LARGEST_WIDTH, interpreting, on_device_of, tile_width, width_key
 from qrealign_kernels.triton_math import (
     FLOAT_KINDS,
     FP_FUSION,
+    INTERPRETED,
+    ROUNDER,
     clip,
     convert,
     divide,
+    load_tile,
+    low_byte,
     round_half_even,
     round_to,
+    row_extremes,
+    sigmoid,
+    store_tile,
     to_int8,
 )
+
+# Edits up to this rank are added to rows held whole, a multiplication each; of a higher one, by tensor cores.
+SMALL_RANK = 8
 
 
 @triton.jit
@@ -36,72 +47,61 @@ def weight_grid(
     minimum, maximum, low_share, high_share,
     QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr, MIN_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Return bounds, raw scale, scale and zero point of each group."""
+    """Return of each group its bounds, raw scale, scale, the scale's reciprocal, zero point and bounds in steps."""
     low = minimum * low_share
     high = maximum * high_share
     if SYMMETRIC:
-        raw_scale = tl.maximum(tl.div_rn(high, QMAX * 1.0), tl.div_rn(low, QMIN * 1.0))
+        raw_scale = tl.maximum(divide(high, QMAX * 1.0, 1.0 / QMAX, True), divide(low, QMIN * 1.0, 1.0 / QMIN, True))
     else:
-        raw_scale = tl.div_rn(high - low, (QMAX - QMIN) * 1.0)
+        raw_scale = divide(high - low, (QMAX - QMIN) * 1.0, 1.0 / (QMAX - QMIN), True)
     scale = round_to(tl.maximum(raw_scale, MIN_SCALE), SCALE_KIND)
+    reciprocal = tl.div_rn(1.0, scale)
+    low_steps = divide(low, scale, reciprocal, SCALE_KIND == 0)
+    high_steps = divide(high, scale, reciprocal, SCALE_KIND == 0)
     zero_point = tl.zeros_like(scale)
     if not SYMMETRIC:
-        zero_point = clip(round_half_even(QMIN - tl.div_rn(low, scale)), QMIN * 1.0, QMAX * 1.0)
-    return low, high, raw_scale, scale, zero_point
+        zero_point = clip(round_half_even(QMIN - low_steps), QMIN * 1.0, QMAX * 1.0)
+    return low, high, raw_scale, scale, reciprocal, zero_point, low_steps, high_steps
 
 
 @triton.jit
-def code_steps(b_w, low, high, scale, zero_point, QMIN: tl.constexpr, QMAX: tl.constexpr, SCALE_KIND: tl.constexpr):
-    """Return `code - zero_point` of each weight; bounds and grid are `[rows, 1]`.
+def step_bounds(low_steps, high_steps, zero_point, QMIN: tl.constexpr, QMAX: tl.constexpr):
+    """Return the least and the largest `code - zero_point`.
 
-    Dividing by a positive scale and rounding never swap two values: clipping the weight to its bounds and clipping its
+    Dividing by a positive scale and rounding never swap two values: clipping a weight to its bounds and clipping its
     steps to those of the bounds are the same, and the second joins the clip to the code range.
     """
-    reciprocal = tl.div_rn(1.0, scale)
-    lowest = tl.maximum(round_half_even(tl.div_rn(low, scale)), QMIN - zero_point)
-    highest = tl.minimum(round_half_even(tl.div_rn(high, scale)), QMAX - zero_point)
-    return clip(round_half_even(divide(b_w, scale, reciprocal, SCALE_KIND == 0)), lowest, highest)
+    lowest = tl.maximum(round_half_even(low_steps), QMIN - zero_point)
+    return lowest, tl.minimum(round_half_even(high_steps), QMAX - zero_point)
 
 
 @triton.jit
-def _store_rounded(
-    out_ptr, scale_ptr, zero_point_ptr, offsets, mask, b_w, minimum, maximum, low_share, high_share, group, m_n,
-    CODES: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr,
-    MIN_SCALE: tl.constexpr,
-):  # fmt: skip
-    """Store a tile as codes or as rounded weights; scales and zero points go with codes, and are the same each time."""
-    low, high, _, scale, zero_point = weight_grid(
-        minimum, maximum, low_share, high_share, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE
-    )
-    steps = code_steps(b_w, low[:, None], high[:, None], scale[:, None], zero_point[:, None], QMIN, QMAX, SCALE_KIND)
-    if CODES:
-        tl.store(out_ptr + offsets, to_int8(steps + zero_point[:, None]), mask=mask)
-        tl.store(scale_ptr + group, scale, mask=m_n)
-        if not SYMMETRIC:
-            tl.store(zero_point_ptr + group, to_int8(zero_point), mask=m_n)
-    else:
-        tl.store(out_ptr + offsets, convert(steps * scale[:, None], out_ptr.dtype.element_ty), mask=mask)
+def kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr):
+    """Return the kept shares of the groups' extremes, 1 where no logit asks for less.
 
-
-@triton.jit
-def kept_shares(low_share_ptr, high_share_ptr, group, m_n, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr):
-    """Return the kept shares of the groups' extremes, 1 where no logit asks for less."""
+    The interpreter's exponential is not torch's in the last bit, so that there the pointers hold shares already.
+    """
     low_share = tl.full(group.shape, 1.0, tl.float32)
     high_share = tl.full(group.shape, 1.0, tl.float32)
     if HAS_LOW:
-        low_share = tl.load(low_share_ptr + group, mask=m_n, other=1.0)
+        low_share = tl.load(low_ptr + group, mask=m_n, other=0.0)
+        if not INTERPRETED:
+            low_share = sigmoid(low_share)
     if HAS_HIGH:
-        high_share = tl.load(high_share_ptr + group, mask=m_n, other=1.0)
+        high_share = tl.load(high_ptr + group, mask=m_n, other=0.0)
+        if not INTERPRETED:
+            high_share = sigmoid(high_share)
     return low_share, high_share
 
 
 @triton.jit
 def transformed_tile(
-    b_w, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr
-):
+    b_w, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr,
+    HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
     """Return `weight * column_scale / row_divisor` of a tile."""
     if HAS_COLUMN:
-        b_w = b_w * tl.load(column_scale_ptr + o_k, mask=m_k, other=0.0)[None, :]
+        b_w = b_w * load_tile(column_scale_ptr + o_k, m_k, FULL)[None, :]
     if HAS_ROW:
         divisor = tl.load(row_divisor_ptr + n, mask=m_n, other=1.0)
         b_w = divide(b_w, divisor[:, None], tl.div_rn(1.0, divisor)[:, None], True)
@@ -109,44 +109,83 @@ def transformed_tile(
 
 
 @triton.jit
+def _store_rounded(
+    out_ptrs, scale_ptr, zero_point_ptr, mask, b_w, minimum, maximum, low_share, high_share, group, m_n,
+    CODES: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr,
+    MIN_SCALE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Store a tile as codes or as rounded weights; scales and zero points go with codes, and are the same each time."""
+    _, _, _, scale, reciprocal, zero_point, low_steps, high_steps = weight_grid(
+        minimum, maximum, low_share, high_share, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE
+    )
+    lowest, highest = step_bounds(low_steps, high_steps, zero_point, QMIN, QMAX)
+    # Steps stay in the form that adding ROUNDER gives them until they are stored.
+    b_steps = divide(b_w, scale[:, None], reciprocal[:, None], SCALE_KIND == 0) + ROUNDER
+    b_steps = clip(b_steps, (lowest + ROUNDER)[:, None], (highest + ROUNDER)[:, None])
+    if CODES:
+        if not SYMMETRIC:
+            b_steps = b_steps + zero_point[:, None]
+            tl.store(zero_point_ptr + group, to_int8(zero_point), mask=m_n)
+        tl.store(scale_ptr + group, scale, mask=m_n)
+        store_tile(out_ptrs, low_byte(b_steps), mask, FULL)
+    else:
+        if SCALE_KIND == 0:
+            b_out = (b_steps - ROUNDER) * scale[:, None]
+        else:  # ROUNDER times so short a scale is exact, so that this rounds as the product does
+            b_out = tl.fma(b_steps, scale[:, None], (scale * -ROUNDER)[:, None])
+        store_tile(out_ptrs, convert(b_out, out_ptrs.dtype.element_ty), mask, FULL)
+
+
+@triton.jit
 def _fake_quant_edited_fwd_kernel(
-    weight_ptr, low_share_ptr, high_share_ptr, column_scale_ptr, row_divisor_ptr, out_ptr, scale_ptr, zero_point_ptr,
-    N, K, C,
+    weight_ptr, low_ptr, high_ptr, column_scale_ptr, row_divisor_ptr, left_ptr, right_ptr, out_ptr, scale_ptr,
+    zero_point_ptr, extremes_ptr, N, K, C, G,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
     CODES: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr,
-    MIN_SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
+    MIN_SCALE: tl.constexpr, KEEP_EXTREMES: tl.constexpr, FULL: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(0)
+    first = tl.program_id(1).to(tl.int64) * BLOCK_N
+    rows = tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_C)
-    m_c = cols < C
     o_k = g * C + cols
-    first = tl.program_id(1).to(tl.int64) * (BLOCK_N * STEPS)
-    for step in tl.range(0, STEPS, num_stages=AHEAD):
-        n = first + step * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        m_n = n < N
-        group = n * (K // C) + g
-        offsets = n[:, None] * K + o_k[None, :]  # [BLOCK_N, BLOCK_C]
-        mask = m_n[:, None] & m_c[None, :]
-        b_w = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        b_w = transformed_tile(b_w, n, o_k, m_n, m_c, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW)
-        minimum = tl.minimum(tl.min(b_w, axis=1), 0.0)
-        maximum = tl.maximum(tl.max(b_w, axis=1), 0.0)
-        low_share, high_share = kept_shares(low_share_ptr, high_share_ptr, group, m_n, HAS_LOW, HAS_HIGH)
-        _store_rounded(
-            out_ptr, scale_ptr, zero_point_ptr, offsets, mask, b_w, minimum, maximum, low_share, high_share, group,
-            m_n, CODES, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE,
-        )  # fmt: skip
+    n = first + rows  # [BLOCK_N]
+    m_n = n < N
+    m_c = cols < C
+    mask = m_n[:, None] & m_c[None, :]
+    offsets = rows[:, None] * K + o_k[None, :]  # [BLOCK_N, BLOCK_C], from the program's first row
+    group = n * G + g
+    # All that is loaded is asked for before the first exchange between threads, which loads do not move across.
+    b_w = load_tile(weight_ptr + first * K + offsets, mask, FULL)
+    low_share, high_share = kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
+    b_w = transformed_tile(b_w, n, o_k, m_n, m_c, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL)
+    for rank in tl.static_range(RANK):  # 0 where there is no edit
+        b_left = tl.load(left_ptr + n * RANK + rank, mask=m_n, other=0.0)  # [BLOCK_N]
+        b_right = tl.load(right_ptr + rank * K + o_k, mask=m_c, other=0.0)  # [BLOCK_C]
+        b_w += b_left[:, None] * b_right[None, :]
+    minimum, maximum = row_extremes(b_w)
+    minimum = tl.minimum(minimum, 0.0)
+    maximum = tl.maximum(maximum, 0.0)
+    if KEEP_EXTREMES:
+        tl.store(extremes_ptr + group, minimum, mask=m_n)
+        tl.store(extremes_ptr + N * G + group, maximum, mask=m_n)
+    _store_rounded(
+        out_ptr + first * K + offsets, scale_ptr, zero_point_ptr, mask, b_w, minimum, maximum, low_share, high_share,
+        group, m_n, CODES, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE, FULL,
+    )  # fmt: skip
 
 
 @triton.jit
 def _edited_tile(
     weight_ptr, column_scale_ptr, row_divisor_ptr, right_ptr, b_left, n, m_n, o_k, m_k, K, RANK,
     HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr, HAS_EDIT: tl.constexpr, BLOCK_RANK: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
     """Return the transformed and edited weight of a tile."""
     mask = m_n[:, None] & m_k[None, :]
-    b_w = tl.load(weight_ptr + n[:, None] * K + o_k[None, :], mask=mask, other=0.0).to(tl.float32)
-    b_w = transformed_tile(b_w, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW)
+    b_w = load_tile(weight_ptr + n[:, None] * K + o_k[None, :], mask, FULL)
+    b_w = transformed_tile(b_w, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL)
     if HAS_EDIT:
         ranks = tl.arange(0, BLOCK_RANK)
         m_rk = (ranks < RANK)[:, None] & m_k[None, :]
@@ -158,62 +197,68 @@ def _edited_tile(
 
 @triton.jit
 def _fake_quant_edited_steps_fwd_kernel(
-    weight_ptr, low_share_ptr, high_share_ptr, column_scale_ptr, row_divisor_ptr, left_ptr, right_ptr, out_ptr,
-    scale_ptr, zero_point_ptr, N, K, C, RANK,
+    weight_ptr, low_ptr, high_ptr, column_scale_ptr, row_divisor_ptr, left_ptr, right_ptr, out_ptr,
+    scale_ptr, zero_point_ptr, extremes_ptr, N, K, C, G, RANK,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
     HAS_EDIT: tl.constexpr, CODES: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr,
     SCALE_KIND: tl.constexpr, MIN_SCALE: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr, ONE_STEP: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_C: tl.constexpr, KEEP_EXTREMES: tl.constexpr, FULL: tl.constexpr, ONE_STEP: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(0)
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     m_n = n < N
-    group = n * (K // C) + g
+    group = n * G + g
     cols = tl.arange(0, BLOCK_C)
     ranks = tl.arange(0, BLOCK_RANK)
     b_left = tl.zeros([BLOCK_N, BLOCK_RANK], tl.float32)
     if HAS_EDIT:
         m_left = m_n[:, None] & (ranks < RANK)[None, :]
         b_left = tl.load(left_ptr + n[:, None] * RANK + ranks[None, :], mask=m_left, other=0.0)
-    low_share, high_share = kept_shares(low_share_ptr, high_share_ptr, group, m_n, HAS_LOW, HAS_HIGH)
+    low_share, high_share = kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
 
-    # Extremes are tiles and are reduced once, behind the loop: fewer exchanges between threads, and Triton 3.6 fails to
-    # compile a loop whose reduced result has several uses.
-    b_min = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    b_max = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     if ONE_STEP:
         m_k = cols < C
+        o_k = g * C + cols
         b_w = _edited_tile(
-            weight_ptr, column_scale_ptr, row_divisor_ptr, right_ptr, b_left, n, m_n, g * C + cols, m_k, K, RANK,
-            HAS_COLUMN, HAS_ROW, HAS_EDIT, BLOCK_RANK,
+            weight_ptr, column_scale_ptr, row_divisor_ptr, right_ptr, b_left, n, m_n, o_k, m_k, K, RANK,
+            HAS_COLUMN, HAS_ROW, HAS_EDIT, BLOCK_RANK, FULL,
         )  # fmt: skip
+        minimum, maximum = row_extremes(b_w)
         _store_rounded(
-            out_ptr, scale_ptr, zero_point_ptr, n[:, None] * K + (g * C + cols)[None, :], m_n[:, None] & m_k[None, :],
-            b_w, tl.minimum(tl.min(b_w, axis=1), 0.0), tl.maximum(tl.max(b_w, axis=1), 0.0), low_share, high_share,
-            group, m_n, CODES, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE,
+            out_ptr + n[:, None] * K + o_k[None, :], scale_ptr, zero_point_ptr, m_n[:, None] & m_k[None, :], b_w,
+            tl.minimum(minimum, 0.0), tl.maximum(maximum, 0.0), low_share, high_share, group, m_n, CODES, QMIN, QMAX,
+            SYMMETRIC, SCALE_KIND, MIN_SCALE, FULL,
         )  # fmt: skip
     else:
+        # Extremes are tiles and are reduced once, behind the loop: fewer exchanges between threads, and Triton 3.6
+        # fails to compile a loop whose reduced result has several uses.
+        b_min = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        b_max = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         for start in tl.range(0, C, BLOCK_C, num_stages=AHEAD):
             m_k = start + cols < C
             b_w = _edited_tile(
                 weight_ptr, column_scale_ptr, row_divisor_ptr, right_ptr, b_left, n, m_n, g * C + start + cols, m_k, K,
-                RANK, HAS_COLUMN, HAS_ROW, HAS_EDIT, BLOCK_RANK,
+                RANK, HAS_COLUMN, HAS_ROW, HAS_EDIT, BLOCK_RANK, FULL,
             )  # fmt: skip
             b_min = tl.minimum(b_min, b_w)
             b_max = tl.maximum(b_max, b_w)
         minimum = tl.min(b_min, axis=1)
         maximum = tl.max(b_max, axis=1)
+        if KEEP_EXTREMES:
+            tl.store(extremes_ptr + group, minimum, mask=m_n)
+            tl.store(extremes_ptr + N * G + group, maximum, mask=m_n)
         for start in tl.range(0, C, BLOCK_C, num_stages=AHEAD):
             m_k = start + cols < C
             o_k = g * C + start + cols
             b_w = _edited_tile(
                 weight_ptr, column_scale_ptr, row_divisor_ptr, right_ptr, b_left, n, m_n, o_k, m_k, K, RANK,
-                HAS_COLUMN, HAS_ROW, HAS_EDIT, BLOCK_RANK,
+                HAS_COLUMN, HAS_ROW, HAS_EDIT, BLOCK_RANK, FULL,
             )  # fmt: skip
             _store_rounded(
-                out_ptr, scale_ptr, zero_point_ptr, n[:, None] * K + o_k[None, :], m_n[:, None] & m_k[None, :], b_w,
+                out_ptr + n[:, None] * K + o_k[None, :], scale_ptr, zero_point_ptr, m_n[:, None] & m_k[None, :], b_w,
                 minimum, maximum, low_share, high_share, group, m_n, CODES, QMIN, QMAX, SYMMETRIC, SCALE_KIND,
-                MIN_SCALE,
+                MIN_SCALE, FULL,
             )  # fmt: skip
 
 
@@ -234,12 +279,23 @@ def fake_quant_edited_weight(
     *,
     transform: WeightTransform,
     out_dtype: torch.dtype,
+    keep: bool,
     **grid: Any,
-) -> Tensor:
-    """Compute `reference_calibration.fake_quant_edited_weight_ref`."""
+) -> tuple[Tensor, Tensor | None]:
+    """Compute `reference_calibration.fake_quant_edited_weight_ref`.
+
+    Returns:
+        The rounded weight and, where asked to `keep` something for the backward and no edit is given, the extremes of
+        each group, `[2, N, G]` float32: 8 bytes a group that spare the backward the search.
+    """
+    rows, columns = weight.shape
+    groups = columns // (grid["group_size"] or columns)
     out = torch.empty(weight.shape, dtype=out_dtype, device=weight.device)
-    _launch_forward(weight, low_logit, high_logit, transform, out, None, None, **grid)
-    return out
+    extremes = None
+    if keep and transform.left is None and columns // groups <= LARGEST_WIDTH:
+        extremes = torch.empty(2, rows, groups, dtype=torch.float32, device=weight.device)
+    _launch_forward(weight, low_logit, high_logit, transform, out, None, None, extremes, **grid)
+    return out, extremes
 
 
 def encode_weight(
@@ -267,6 +323,7 @@ def encode_weight(
         codes,
         scale,
         zero_point,
+        None,
         num_bits=num_bits,
         group_size=group_size,
         symmetric=symmetric,
@@ -283,6 +340,7 @@ def _launch_forward(
     out: Tensor,
     scale: Tensor | None,
     zero_point: Tensor | None,
+    extremes: Tensor | None,
     *,
     num_bits: int,
     group_size: int | None,
@@ -293,12 +351,12 @@ def _launch_forward(
     weight = weight.contiguous()
     rows, columns = weight.shape
     width = group_size or columns
-    low_share, high_share = kept_share(low_logit), kept_share(high_logit)
+    low, high = share_source(low_logit), share_source(high_logit)
     column_scale, row_divisor, left, right = (None if part is None else as_float(part) for part in transform)
     qmin, qmax = code_range(num_bits)
     constants = {
-        "HAS_LOW": low_share is not None,
-        "HAS_HIGH": high_share is not None,
+        "HAS_LOW": low is not None,
+        "HAS_HIGH": high is not None,
         "HAS_COLUMN": column_scale is not None,
         "HAS_ROW": row_divisor is not None,
         "CODES": scale is not None,
@@ -311,32 +369,63 @@ def _launch_forward(
     }
     inputs = [
         weight,
-        *(weight if part is None else part for part in (low_share, high_share, column_scale, row_divisor)),
+        *(weight if part is None else part for part in (low, high, column_scale, row_divisor)),
     ]
     outputs = [out, out if scale is None else scale, out if zero_point is None else zero_point]
     groups = columns // width
     with on_device_of(weight):
-        if left is None and width <= LARGEST_WIDTH:
+        rank = 0 if left is None else left.shape[1]
+        in_steps = rank == 0 and is_ragged(width)
+        if rank <= SMALL_RANK and width <= LARGEST_WIDTH and not in_steps:
             tile = row_tile("fake_quant_edited_fwd", width, weight.device)
-            grid = (groups, triton.cdiv(rows, tile["BLOCK_N"] * tile["STEPS"]))
-            _fake_quant_edited_fwd_kernel[grid](*inputs, *outputs, rows, columns, width, **constants, **tile)
+            full = is_full(rows, width, tile)
+            grid = (groups, triton.cdiv(rows, tile["BLOCK_N"]))
+            sizes = (rows, columns, width, groups)
+            _fake_quant_edited_fwd_kernel[grid](
+                *inputs,
+                weight if left is None else left,
+                weight if right is None else right,
+                *outputs,
+                out if extremes is None else extremes,
+                *sizes,
+                KEEP_EXTREMES=extremes is not None,
+                FULL=full,
+                RANK=rank,
+                **constants,
+                **tile,
+            )
             return
-        rank = 1 if left is None else left.shape[1]
         tile = _edited_tile_launch(rank, width, weight.device)
         _fake_quant_edited_steps_fwd_kernel[(groups, triton.cdiv(rows, tile["BLOCK_N"]))](
             *inputs,
             weight if left is None else left,
             weight if right is None else right,
             *outputs,
+            out if extremes is None else extremes,
             rows,
             columns,
             width,
-            rank,
+            groups,
+            max(1, rank),
             HAS_EDIT=left is not None,
+            KEEP_EXTREMES=extremes is not None,
+            FULL=width % tile["BLOCK_C"] == 0 and rows % tile["BLOCK_N"] == 0,
             ONE_STEP=width <= tile["BLOCK_C"],
             **constants,
             **tile,
         )
+
+
+def share_source(logit: Tensor | None) -> Tensor | None:
+    """Return what `kept_shares` reads: contiguous float32 logits, or shares for the interpreter."""
+    if logit is None:
+        return None
+    return kept_share(logit) if interpreting() else as_float(logit)
+
+
+def is_full(rows: int, width: int, tile: launches.Choice) -> bool:
+    """Tell whether tiles of whole groups need no mask."""
+    return width == tile["BLOCK_C"] and rows % tile["BLOCK_N"] == 0
 
 
 def as_float(tensor: Tensor) -> Tensor:
@@ -350,8 +439,13 @@ def row_tile(kernel: str, width: int, device: torch.device) -> launches.Choice:
     return launches.choice(kernel, width_key(block), device) | {"BLOCK_C": block}
 
 
+def is_ragged(width: int) -> bool:
+    """Tell whether a long row fills its tile so badly that reading it twice, in steps, is the faster way."""
+    return width > 4096 and 4 * tile_width(width) > 5 * width
+
+
 def _edited_tile_launch(rank: int, width: int, device: torch.device) -> launches.Choice:
-    """Return the launch of the kernel that adds an edit, whose tiles are no wider than a group."""
-    padded = max(16, tile_width(rank))  # no less than tensor cores multiply
-    tile = launches.choice("fake_quant_edited_steps_fwd", str(padded), device)
+    """Return the launch of the kernel that walks rows in steps, whose tiles are no wider than a group."""
+    padded = max(16, tile_width(max(1, rank)))  # no less than tensor cores multiply
+    tile = launches.choice("fake_quant_edited_steps_fwd", str(padded) if rank else "rows", device)
     return tile | {"BLOCK_RANK": padded, "BLOCK_C": max(16, min(tile_width(width), tile["BLOCK_C"]))}

@@ -1,8 +1,4 @@
-"""Triton kernel that reduces the gradient of a rounded weight to all that the rounding depends on, in one pass.
-
-A program owns whole scale groups of its rows and takes them one after the other; every sum has a fixed order, so two
-runs give the same bits. Sums along columns are kept in registers and leave as one row a program, which torch adds up.
-"""
+"""Gradients of a rounded weight by the Triton kernels: which of them a gradient needs, and its launch."""
 
 from __future__ import annotations
 
@@ -11,11 +7,10 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from qrealign_kernels import launches
-from qrealign_kernels.reference import MIN_SCALE, code_range, kept_share
+from qrealign_kernels.reference import MIN_SCALE, code_range
 from qrealign_kernels.reference_calibration import (
     WeightGradients,
     WeightTransform,
@@ -23,146 +18,15 @@ from qrealign_kernels.reference_calibration import (
     transformed_weight,
 )
 from qrealign_kernels.triton_common import LARGEST_WIDTH, on_device_of, tile_width
-from qrealign_kernels.triton_math import FLOAT_KINDS, FP_FUSION, clip, convert
-from qrealign_kernels.triton_weight import as_float, code_steps, kept_shares, row_tile, transformed_tile, weight_grid
+from qrealign_kernels.triton_gradient_kernels import (
+    bound_gradients_bwd_kernel,
+    product_gradients_bwd_kernel,
+    weight_gradients_bwd_kernel,
+)
+from qrealign_kernels.triton_math import FLOAT_KINDS, FP_FUSION
+from qrealign_kernels.triton_weight import as_float, is_full, row_tile, share_source
 
-# Where the product is reduced as it is made; docs/kernels.md has the measurements.
-WIDEST_IN_PRODUCT = 128
-MOST_TOKENS_IN_PRODUCT = 256
-
-
-@triton.jit
-def _reduce_tile(
-    b_g, b_raw, n, o_k, m_n, m_c, g, N, K, C,
-    low_share_ptr, high_share_ptr, column_scale_ptr, row_divisor_ptr,
-    grad_low_ptr, grad_high_ptr, grad_divisor_ptr, grad_edited_ptr,
-    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
-    TO_COLUMN: tl.constexpr, TO_ROW: tl.constexpr, TO_WEIGHT: tl.constexpr,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr, MIN_SCALE: tl.constexpr,
-):  # fmt: skip
-    """Reduce the gradient of a tile of whole groups; store all but what goes to the column scale.
-
-    Returns the tile's gradient over the row divisor: times the weight, it is what goes to the column scale.
-    """
-    group = n * (K // C) + g
-    offsets = n[:, None] * K + o_k[None, :]
-    mask = m_n[:, None] & m_c[None, :]
-    b_w = transformed_tile(b_raw, n, o_k, m_n, m_c, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW)
-    if HAS_LOW or HAS_HIGH:
-        minimum = tl.minimum(tl.min(b_w, axis=1), 0.0)
-        maximum = tl.maximum(tl.max(b_w, axis=1), 0.0)
-        low_share, high_share = kept_shares(low_share_ptr, high_share_ptr, group, m_n, HAS_LOW, HAS_HIGH)
-        low, high, raw_scale, scale, zero_point = weight_grid(
-            minimum, maximum, low_share, high_share, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE
-        )
-        steps = code_steps(
-            b_w, low[:, None], high[:, None], scale[:, None], zero_point[:, None], QMIN, QMAX, SCALE_KIND
-        )
-        # What a code's error gives to the scale: at a clipped weight the error of its bound.
-        error = steps * scale[:, None] - clip(b_w, low[:, None], high[:, None])
-        grad_scale = tl.div_rn(tl.sum(b_g * error, axis=1), scale)
-        below = b_w < low[:, None]
-        above = b_w > high[:, None]
-        grad_low = tl.sum(tl.where(below, b_g, 0.0), axis=1)
-        grad_high = tl.sum(tl.where(above, b_g, 0.0), axis=1)
-        grad_scale = tl.where(raw_scale >= MIN_SCALE, grad_scale, 0.0)
-        if SYMMETRIC:  # the side that sets the scale gets its gradient; equal sides share it
-            from_low = tl.div_rn(low, QMIN * 1.0)
-            from_high = tl.div_rn(high, QMAX * 1.0)
-            by_low = tl.where(from_low > from_high, 1.0, tl.where(from_low == from_high, 0.5, 0.0))
-            grad_low += grad_scale * by_low / QMIN
-            grad_high += grad_scale * (1.0 - by_low) / QMAX
-        else:
-            grad_low -= grad_scale / (QMAX - QMIN)
-            grad_high += grad_scale / (QMAX - QMIN)
-        if HAS_LOW:
-            tl.store(grad_low_ptr + group, grad_low * minimum * low_share * (1.0 - low_share), mask=m_n)
-        if HAS_HIGH:
-            tl.store(grad_high_ptr + group, grad_high * maximum * high_share * (1.0 - high_share), mask=m_n)
-        if TO_COLUMN or TO_ROW or TO_WEIGHT:
-            b_g = tl.where(below | above, 0.0, b_g)
-            if HAS_LOW:  # the extremes receive the gradient of the bounds they define; ties share it equally
-                lowest = mask & (b_w == minimum[:, None])
-                ties = tl.maximum(tl.sum(lowest.to(tl.float32), axis=1), 1.0)
-                b_g += tl.where(lowest, (grad_low * low_share / ties)[:, None], 0.0)
-            if HAS_HIGH:
-                highest = mask & (b_w == maximum[:, None])
-                ties = tl.maximum(tl.sum(highest.to(tl.float32), axis=1), 1.0)
-                b_g += tl.where(highest, (grad_high * high_share / ties)[:, None], 0.0)
-    if TO_WEIGHT:
-        tl.store(grad_edited_ptr + offsets, convert(b_g, grad_edited_ptr.dtype.element_ty), mask=mask)
-    if TO_ROW:
-        divisor = tl.load(row_divisor_ptr + n, mask=m_n, other=1.0)
-        tl.store(grad_divisor_ptr + g * N + n, -tl.sum(b_g * b_w, axis=1) / divisor, mask=m_n)
-    if TO_COLUMN and HAS_ROW:
-        b_g = b_g * (1.0 / tl.load(row_divisor_ptr + n, mask=m_n, other=1.0))[:, None]
-    return b_g
-
-
-@triton.jit
-def _weight_gradients_bwd_kernel(
-    grad_ptr, weight_ptr, low_share_ptr, high_share_ptr, column_scale_ptr, row_divisor_ptr,
-    grad_low_ptr, grad_high_ptr, grad_column_ptr, grad_divisor_ptr, grad_edited_ptr, N, K, C,
-    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
-    TO_COLUMN: tl.constexpr, TO_ROW: tl.constexpr, TO_WEIGHT: tl.constexpr,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr, MIN_SCALE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    g = tl.program_id(0)
-    cols = tl.arange(0, BLOCK_C)
-    m_c = cols < C
-    o_k = g * C + cols
-    first = tl.program_id(1).to(tl.int64) * (BLOCK_N * STEPS)
-    b_column = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for step in tl.range(0, STEPS, num_stages=AHEAD):
-        n = first + step * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        m_n = n < N
-        offsets = n[:, None] * K + o_k[None, :]  # [BLOCK_N, BLOCK_C]
-        mask = m_n[:, None] & m_c[None, :]
-        b_raw = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        b_g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        b_g = _reduce_tile(
-            b_g, b_raw, n, o_k, m_n, m_c, g, N, K, C, low_share_ptr, high_share_ptr, column_scale_ptr,
-            row_divisor_ptr, grad_low_ptr, grad_high_ptr, grad_divisor_ptr, grad_edited_ptr, HAS_LOW, HAS_HIGH,
-            HAS_COLUMN, HAS_ROW, TO_COLUMN, TO_ROW, TO_WEIGHT, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE,
-        )  # fmt: skip
-        if TO_COLUMN:
-            b_column = tl.fma(b_g, b_raw, b_column)
-    if TO_COLUMN:
-        tl.store(grad_column_ptr + tl.program_id(1).to(tl.int64) * K + o_k, tl.sum(b_column, axis=0), mask=m_c)
-
-
-@triton.jit
-def _product_gradients_bwd_kernel(
-    grad_ptr, x_ptr, weight_ptr, low_share_ptr, high_share_ptr, column_scale_ptr, row_divisor_ptr,
-    grad_low_ptr, grad_high_ptr, grad_column_ptr, grad_divisor_ptr, M, N, K, C,
-    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
-    TO_COLUMN: tl.constexpr, TO_ROW: tl.constexpr,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr, MIN_SCALE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    g = tl.program_id(1)
-    cols = tl.arange(0, BLOCK_C)
-    m_c = cols < C
-    o_k = g * C + cols
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    m_n = n < N
-    b_g = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for start in tl.range(0, M, BLOCK_M, num_stages=AHEAD):
-        m = start + tl.arange(0, BLOCK_M).to(tl.int64)
-        m_m = (m < M)[:, None]
-        b_dy = tl.load(grad_ptr + m[:, None] * N + n[None, :], mask=m_m & m_n[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
-        b_x = tl.load(x_ptr + m[:, None] * K + o_k[None, :], mask=m_m & m_c[None, :], other=0.0)  # [BLOCK_M, BLOCK_C]
-        b_g = tl.dot(tl.trans(b_dy), b_x, acc=b_g, input_precision="ieee")
-    mask = m_n[:, None] & m_c[None, :]
-    b_raw = tl.load(weight_ptr + n[:, None] * K + o_k[None, :], mask=mask, other=0.0).to(tl.float32)
-    b_g = _reduce_tile(
-        b_g, b_raw, n, o_k, m_n, m_c, g, N, K, C, low_share_ptr, high_share_ptr, column_scale_ptr, row_divisor_ptr,
-        grad_low_ptr, grad_high_ptr, grad_divisor_ptr, weight_ptr, HAS_LOW, HAS_HIGH, HAS_COLUMN, HAS_ROW, TO_COLUMN,
-        TO_ROW, False, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE,
-    )  # fmt: skip
-    if TO_COLUMN:
-        tl.store(grad_column_ptr + tl.program_id(0).to(tl.int64) * K + o_k, tl.sum(b_g * b_raw, axis=0), mask=m_c)
+WIDEST_IN_PRODUCT = 128  # columns of a group that a tile of the product can hold
 
 
 def edited_weight_gradients(
@@ -173,25 +37,29 @@ def edited_weight_gradients(
     *,
     transform: WeightTransform,
     wanted: frozenset[str],
+    extremes: Tensor | None = None,
     **grid: Any,
 ) -> WeightGradients:
     """Compute the gradients of `fake_quant_edited_weight_ref` that are wanted, by their names in `WeightGradients`.
 
-    Reductions alone need no tensor of the weight's size. The weight and the factors of an edit do: their gradients
-    are made of the `[N, K]` gradient of the edited weight.
+    `extremes` is what `triton_weight.fake_quant_edited_weight` kept, or None to find them again. Reductions alone need
+    no tensor of the weight's size. The weight and the factors of an edit do: their gradients are made of the `[N, K]`
+    gradient of the edited weight.
     """
     width = grid["group_size"] or weight.shape[1]
     if width > LARGEST_WIDTH:
         return _gradients_by_definition(grad, weight, low_logit, high_logit, transform, wanted, **grid)
     if transform.left is None:
         reduction = _Reduction(weight.contiguous(), low_logit, high_logit, transform, wanted, **grid)
-        found = _reduce_stored(grad, reduction)
+        if extremes is not None and not wanted & {"weight", "column_scale"}:
+            return _reduce_streamed(grad, reduction, extremes)
+        found = _reduce_stored(grad, reduction, extremes)
         if found.weight is None:
             return found
         return found._replace(weight=_through_transform(found.weight, transform).to(weight.dtype))
     edited = transformed_weight(weight, transform)
     reduction = _Reduction(edited, low_logit, high_logit, WeightTransform(), frozenset({"weight"}), **grid)
-    return _through_edit(_reduce_stored(grad, reduction), weight, transform, wanted)
+    return _through_edit(_reduce_stored(grad, reduction, None), weight, transform, wanted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +84,7 @@ class _Reduction:
     def arguments(self) -> list[Tensor | None]:
         """Return what the kernels read besides weight and gradient."""
         column_scale, row_divisor = (None if part is None else as_float(part) for part in self.transform[:2])
-        return [kept_share(self.low_logit), kept_share(self.high_logit), column_scale, row_divisor]
+        return [share_source(self.low_logit), share_source(self.high_logit), column_scale, row_divisor]
 
     def results(self, programs: int) -> list[Tensor | None]:
         """Return what the kernels fill: gradients of the logits, partial sums of column scale and row divisor."""
@@ -267,24 +135,31 @@ def _pointers(weight: Tensor, tensors: list[Tensor | None]) -> list[Tensor]:
     return [weight if tensor is None else tensor for tensor in tensors]
 
 
-def _reduce_stored(grad: Tensor, reduction: _Reduction) -> WeightGradients:
+def _reduce_stored(grad: Tensor, reduction: _Reduction, extremes: Tensor | None) -> WeightGradients:
     """Reduce a stored gradient; the field `weight`, where wanted, is that of the edited weight, in float32."""
     weight = reduction.weight
     rows, columns = weight.shape
     tile = row_tile("weight_gradients_bwd", reduction.width, weight.device)
-    programs = triton.cdiv(rows, tile["BLOCK_N"] * tile["STEPS"])
+    # As many programs as run at once: each leaves a row of sums over its rows, and memory is to hold few of these.
+    groups, tiles = columns // reduction.width, triton.cdiv(rows, tile["BLOCK_N"])
+    steps = triton.cdiv(tiles, max(1, tile.pop("PROGRAMS") // groups))
+    programs = triton.cdiv(tiles, steps)
     results = reduction.results(programs)
     to_weight = None
     if "weight" in reduction.wanted:
         to_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     with on_device_of(weight):
-        _weight_gradients_bwd_kernel[(columns // reduction.width, programs)](
+        weight_gradients_bwd_kernel[(groups, programs)](
             grad.contiguous(),
             weight,
-            *_pointers(weight, [*reduction.arguments(), *results, to_weight]),
+            *_pointers(weight, [*reduction.arguments(), extremes, *results, to_weight]),
             rows,
             columns,
             reduction.width,
+            groups,
+            steps,
+            FULL=is_full(rows, reduction.width, tile),
+            HAS_EXTREMES=extremes is not None,
             TO_WEIGHT=to_weight is not None,
             **reduction.constants(),
             **tile,
@@ -292,16 +167,46 @@ def _reduce_stored(grad: Tensor, reduction: _Reduction) -> WeightGradients:
     return reduction.gradients(results)._replace(weight=to_weight)
 
 
-def _reduce_product(grad: Tensor, x: Tensor, reduction: _Reduction) -> WeightGradients:
+def _reduce_streamed(grad: Tensor, reduction: _Reduction, extremes: Tensor) -> WeightGradients:
+    """Reduce a stored gradient to logits and row divisor, where the groups' extremes are known.
+
+    Then no weight is needed twice: rows are walked in steps by a few threads each, which the work on a group's grid
+    costs little of.
+    """
+    weight = reduction.weight
+    rows, columns = weight.shape
+    groups = columns // reduction.width
+    key = "rows" if groups == 1 else "groups"
+    tile = launches.choice("bound_gradients_bwd", key, weight.device)
+    tile = tile | {"BLOCK_C": min(tile["BLOCK_C"], tile_width(reduction.width))}
+    results = reduction.results(0)
+    constants = reduction.constants()
+    del constants["TO_COLUMN"]
+    with on_device_of(weight):
+        bound_gradients_bwd_kernel[(groups, triton.cdiv(rows, tile["BLOCK_N"]))](
+            grad.contiguous(),
+            weight,
+            *_pointers(weight, [*reduction.arguments(), extremes, results[0], results[1], results[3]]),
+            rows,
+            columns,
+            reduction.width,
+            groups,
+            FULL=reduction.width % tile["BLOCK_C"] == 0 and rows % tile["BLOCK_N"] == 0,
+            **constants,
+            **tile,
+        )
+    return reduction.gradients(results)
+
+
+def _reduce_product(grad: Tensor, x: Tensor, reduction: _Reduction, tile: launches.Choice) -> WeightGradients:
     """Reduce `grad.T @ x` tile by tile; groups fit a tile."""
     weight = reduction.weight
     rows, columns = weight.shape
-    tile = launches.choice("product_gradients_bwd", launches.DEFAULT, weight.device)
     block = max(16, tile_width(reduction.width))
     programs = triton.cdiv(rows, tile["BLOCK_N"])
     results = reduction.results(programs)
     with on_device_of(weight):
-        _product_gradients_bwd_kernel[(programs, columns // reduction.width)](
+        product_gradients_bwd_kernel[(programs, columns // reduction.width)](
             grad.contiguous(),
             x.contiguous(),
             weight,
@@ -310,6 +215,7 @@ def _reduce_product(grad: Tensor, x: Tensor, reduction: _Reduction) -> WeightGra
             rows,
             columns,
             reduction.width,
+            columns // reduction.width,
             BLOCK_C=block,
             **reduction.constants(),
             **tile,
@@ -327,18 +233,19 @@ def reduced_weight_gradient(
     transform: WeightTransform,
     **grid: Any,
 ) -> WeightGradients:
-    """Compute `reference_calibration.reduced_weight_gradient_ref` by the form that moves less.
+    """Compute `reference_calibration.reduced_weight_gradient_ref` by the faster form.
 
-    Reducing in the product reads a weight once, 2 bytes in bfloat16; storing the product first writes and reads it, 6
-    bytes. But torch's own product is the faster one, which counts more the more tokens there are; and where a group is
-    a whole row no tile holds it, so that its grid would take another reading.
+    Reducing in the product reads a weight once, 2 bytes in bfloat16; storing the product first moves 6. But torch's own
+    product is the faster one, which counts more the more tokens there are: the launch table says up to how many the
+    first form is taken. Where a group is a whole row no tile holds it.
     """
     names = ("low_logit", "high_logit", *WeightTransform._fields[:2])
     given = (low_logit, high_logit, *transform[:2])
     wanted = frozenset(name for name, tensor in zip(names, given, strict=True) if tensor is not None)
     reduction = _Reduction(weight.contiguous(), low_logit, high_logit, transform, wanted, **grid)
-    if reduction.width <= WIDEST_IN_PRODUCT and x.shape[0] <= MOST_TOKENS_IN_PRODUCT:
-        return _reduce_product(grad, x.to(grad.dtype), reduction)
+    tile = dict(launches.choice("product_gradients_bwd", launches.DEFAULT, weight.device))
+    if reduction.width <= WIDEST_IN_PRODUCT and x.shape[0] <= tile.pop("TOKENS"):
+        return _reduce_product(grad, x.to(grad.dtype), reduction, tile)
     product = grad.T @ x.to(grad.dtype)
     return edited_weight_gradients(product, weight, low_logit, high_logit, transform=transform, wanted=wanted, **grid)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, closing
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -32,9 +33,11 @@ from qrealign.data.capture import run_block
 from qrealign.models.source import ModelSource
 from qrealign.probes.probe import SafetyProbe
 from qrealign.quant.fake_quant import freeze_linears, swap_linears
+from qrealign.quant.fused import fused_inputs
 from qrealign.records import CurvePoint
 
-STREAM_BATCH = 16
+STREAM_TOKENS = {"cuda": 8192, "cpu": 2048}  # of a pass that moves a stream on
+WRITERS = 3  # frozen blocks on their way to the disk at a time
 SAVE_SECONDS = 10  # between two saves on a GPU, where a block takes less than writing the streams: a kill costs these
 
 
@@ -54,7 +57,7 @@ class BlockwiseCalibrator:
     Args:
         source: the fine-tuned model; `model` is its skeleton, embeddings loaded.
         aligned: the aligned model and its skeleton, where the method's target needs them.
-        on_block: receives each frozen block, in order, before its progress is saved; on a GPU from another thread.
+        on_block: receives each frozen block before its progress is saved; on a GPU from threads, some at a time.
         on_trained: receives each block before it is frozen, its parameters still attached.
         state_path: where the streams are kept; a file found there is continued.
         low_memory: keep the streams in host memory.
@@ -86,7 +89,7 @@ class BlockwiseCalibrator:
             CalibrationDivergedError: a block's losses stayed non-finite after the restarts.
         """
         start = self._resume()
-        self._saved = time.perf_counter()
+        self._saved, self._delivered = time.perf_counter(), list[Future[None]]()
         self._place = stream_place(self.device, self.dtype, low_memory=self.low_memory)
         self.streams = Streams(**{name: self._place(stream) for name, stream in self.streams.tensors().items()})
         self.classes = self.inputs.malicious.cpu()
@@ -103,7 +106,7 @@ class BlockwiseCalibrator:
             blocks = stack.enter_context(closing(self._blocks(self.source, self.model, start)))
             if self.aligned is not None:
                 self._aligned_blocks = stack.enter_context(closing(self._blocks(*self.aligned, start)))
-            self._hand_over = stack.enter_context(HandOver(self.device))
+            self._hand_over = stack.enter_context(HandOver(self.device, WRITERS))
             for index in range(start, self.source.num_blocks):
                 begin = time.perf_counter()
                 frozen = self._calibrate_block(index, next(blocks), bar)
@@ -121,8 +124,16 @@ class BlockwiseCalibrator:
         return sum(self.steps_of(index) for index in range(block))
 
     def _blocks(self, source: ModelSource, model: PreTrainedModel, start: int) -> Generator[nn.Module, None, None]:
-        """Yield the blocks of a model; the next one is read from disk while its predecessor is trained."""
-        yield from source.load_blocks(model, self.device, self.dtype, start=start, ahead=1)
+        """Yield the blocks of a model; on a GPU the next is read, and loaded unless memory is low, meanwhile."""
+        blocks = source.load_blocks(model, self.device, self.dtype, start=start, ahead=1)
+        if self.device.type == "cpu" or self.low_memory:
+            yield from blocks
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="load-block") as thread:
+            ahead = thread.submit(next, blocks, None)
+            while (block := ahead.result()) is not None:
+                ahead = thread.submit(next, blocks, None)
+                yield block
 
     def _calibrate_block(self, index: int, block: nn.Module, bar: tqdm) -> nn.Module:
         """Learn one block, move all streams past it and return it frozen."""
@@ -136,7 +147,8 @@ class BlockwiseCalibrator:
             block=block, index=index, spec=self.source.spec, settings=self.settings, activation_amax=maxima.values
         )
         trainable = Trainable([context])
-        self._train(index, block, trainable, target, bar)
+        with fused_inputs(block, self.source.spec) if self.device.type == "cuda" else nullcontext():
+            self._train(index, block, trainable, target, bar)
         if self.on_trained is not None:
             self.on_trained(index, block)
         trainable.fold(self.source.storage_dtype)
@@ -145,9 +157,8 @@ class BlockwiseCalibrator:
         return frozen
 
     def _advance(self, block: nn.Module, index: int, stream: Tensor, rows: Tensor) -> Tensor:
-        return advance(
-            block, index, stream, self.inputs, rows=rows, batch_size=STREAM_BATCH, place=self._place, team=self.team
-        )
+        size = max(1, STREAM_TOKENS[self.device.type] // stream.shape[1])
+        return advance(block, index, stream, self.inputs, rows=rows, batch_size=size, place=self._place, team=self.team)
 
     def _advance_aligned(self, index: int) -> Tensor | None:
         """Move the aligned stream past its own block; only malicious samples need it."""
@@ -209,7 +220,7 @@ class BlockwiseCalibrator:
         return losses
 
     def _deliver(self, index: int, frozen: nn.Module) -> None:
-        """Hand a block over and save the progress, on a GPU while the next block is trained."""
+        """Hand a block over and save the progress, on a GPU while the next blocks are trained."""
         now = time.perf_counter()
         saves = self.device.type == "cpu" or now - self._saved >= SAVE_SECONDS
         self._saved = now if saves else self._saved
@@ -220,14 +231,18 @@ class BlockwiseCalibrator:
             "seconds": list(self.seconds.items()),
         }
 
+        before = list(self._delivered)
+
         def deliver() -> None:
-            self.on_block(index, frozen)
+            self.on_block(index, frozen.to("cpu"))  # one copy, however often it is looked at
             frozen.to("meta")
             if saves:
+                for earlier in before:  # a run that is continued skips every block before the saved one
+                    earlier.result()
                 save_progress(self.state_path, streams, extra)
 
         if self.team.leads:
-            self._hand_over.submit(deliver)
+            self._delivered += self._hand_over.submit(deliver)
         else:
             frozen.to("meta")
 

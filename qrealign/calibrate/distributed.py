@@ -90,13 +90,6 @@ class Team:
             for row in zip(values, counts, strict=True)
         ]
 
-    def same(self, tensors: Iterable[Tensor]) -> None:
-        """Give every process the first one's values, in place: GPUs of different kinds round differently."""
-        if self.size > 1:
-            with _explained():
-                for tensor in tensors:
-                    dist.broadcast(tensor, src=0)
-
     def wait(self) -> None:
         """Return when every process has come here.
 
@@ -154,6 +147,8 @@ def joined_team() -> Iterator[Team]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _explained():
         dist.init_process_group(backend, timeout=PATIENCE)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=0))
     before = signal.signal(signal.SIGTERM, _end)
     try:
         yield Team(rank=dist.get_rank(), size=size)

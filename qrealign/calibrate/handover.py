@@ -25,15 +25,19 @@ class HandOver:
         self._under_way: deque[Future[None]] = deque()
         self._streams = [torch.cuda.Stream(device) for _ in range(pieces if device.type == "cuda" else 0)]
 
-    def submit(self, work: Callable[[], None]) -> None:
-        """Wait until fewer than `pieces` are under way, then start the next. What an earlier one raised is raised here."""
+    def submit(self, work: Callable[[], None]) -> list[Future[None]]:
+        """Wait until fewer than `pieces` are under way, then start the next; return it, nothing where it is done.
+
+        What an earlier one raised is raised here.
+        """
         self.wait(self.pieces - 1)
         if not self._streams:
             work()
-            return
+            return []
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self.device))
         self._under_way.append(self._threads.submit(self._run, work, ready))
+        return [self._under_way[-1]]
 
     def wait(self, left: int = 0) -> None:
         """Return when all that was submitted is done, but for the `left` last pieces."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from qrealign.calibrate.teachers import TeacherCache, TeacherSample
 from qrealign.data.batching import to_device
 from qrealign.data.prompts import Label
 
+PACKED_SHARE = 0.75  # of the tokens of padded batches: what packed ones may have at most
 ROUND_TO = 8  # tokens: what the attention kernels want of a sequence's length
 
 LOSS_NAMES = ("malicious", "benign", "pull", "push", "preference", "answer")  # of all objectives
@@ -54,10 +56,15 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """The size that batches are padded to: tokens of a sequence, and matched positions of each class by its name."""
+    """The size that batches are padded to.
+
+    `length` counts the tokens of a sequence or, with `packed`, those of all of them, which then stand in one row.
+    `positions` counts the matched positions of each class by its name.
+    """
 
     length: int
     positions: Mapping[str, int]
+    packed: bool = False
 
 
 class BehaviourObjective:
@@ -91,36 +98,41 @@ class BehaviourObjective:
         batch = self.collate(samples, counts)
         return self.losses_of(model, {name: to_device(tensor, self.device) for name, tensor in batch.items()})
 
-    def room(self, batches: Iterable[Sequence[TeacherSample]]) -> Room:
-        """Return the room that the largest of some batches needs, lengths rounded up for the kernels' sake."""
-        length, positions = 1, Counter[str]()
+    def room(self, batches: Iterable[Sequence[TeacherSample]], *, may_pack: bool = False) -> Room:
+        """Return the room that the largest of some batches needs, lengths rounded up for the kernels' sake.
+
+        Where sequences may be packed, they are if that leaves out a quarter of the tokens: attention in one long row
+        costs a little more.
+        """
+        padded, packed, rows, positions = 1, 1, 1, Counter[str]()
         for samples in batches:
-            length = max(length, *(len(sample.input_ids) for sample in samples))
+            lengths = [len(sample.input_ids) for sample in samples]
+            padded, packed, rows = max(padded, *lengths), max(packed, sum(lengths)), max(rows, len(samples))
             matched = Counter[str]()
             for sample in samples:
                 matched[sample.label.name.lower()] += len(sample.positions)
             positions |= matched
-        return Room(length=-(-length // ROUND_TO) * ROUND_TO, positions=positions)
+        pack = may_pack and packed <= PACKED_SHARE * rows * padded
+        length = -(-(packed if pack else padded) // ROUND_TO) * ROUND_TO
+        return Room(length=length, positions=positions, packed=pack)
 
     def collate(
         self, samples: Sequence[TeacherSample], counts: Mapping[str, int], room: Room | None = None
     ) -> dict[str, Tensor]:
         """Return a batch as host tensors.
 
-        `input_ids` `[B, T]`, padded on the right; and by class `C` what its positions must match: `C.places` `[P]`
-        int64 into the `B * T` tokens, `C.hidden` `[P, H]` and `C.weights` `[P]` float32, which hold all that the loss
-        is multiplied with. Padding up to `room` weighs nothing.
+        `input_ids` `[B, T]`, padded on the right, or packed `[1, T]` with `sequence` `[T]`, which one each token is of,
+        and `position` `[1, T]`, where in it; and by class `C` what its positions must match: `C.places` `[P]` int64
+        into the tokens, `C.hidden` `[P, H]` and `C.weights` `[P]` float32, which hold all that the loss is multiplied
+        with. Padding up to `room` weighs nothing.
         """
-        input_ids = pad_sequence([s.input_ids for s in samples], batch_first=True, padding_value=self.pad_id)
-        if room is not None:
-            input_ids = F.pad(input_ids, (0, room.length - input_ids.shape[1]), value=self.pad_id)
-        batch = {"input_ids": input_ids}
+        batch, starts = self._lay_out([sample.input_ids for sample in samples], room)
         for name, class_weight in self.class_weight.items():
             rows = [(row, sample) for row, sample in enumerate(samples) if sample.label.name.lower() == name]
             missing = 0 if room is None else room.positions.get(name, 0) - sum(len(s.positions) for _, s in rows)
             if not rows and not missing:
                 continue
-            places = [row * input_ids.shape[1] + sample.positions for row, sample in rows]
+            places = [starts[row] + sample.positions for row, sample in rows]
             hidden = [sample.hidden for _, sample in rows]
             weights = [sample.weights * (class_weight / counts[name]) for _, sample in rows]
             if missing:
@@ -135,17 +147,37 @@ class BehaviourObjective:
             }
         return batch
 
+    def _lay_out(self, rows: Sequence[Tensor], room: Room | None) -> tuple[dict[str, Tensor], list[int]]:
+        """Return sequences as a batch's tokens, and the place of each one's first token among all of them."""
+        if room is None or not room.packed:
+            input_ids = pad_sequence(list(rows), batch_first=True, padding_value=self.pad_id)
+            if room is not None:
+                input_ids = F.pad(input_ids, (0, room.length - input_ids.shape[1]), value=self.pad_id)
+            return {"input_ids": input_ids}, [row * input_ids.shape[1] for row in range(len(rows))]
+        lengths = [len(row) for row in rows]
+        fill = room.length - sum(lengths)  # a sequence of its own, which nothing looks at
+        tokens = torch.cat([*rows, rows[0].new_full((fill,), self.pad_id)])
+        places = torch.cat([torch.arange(length) for length in (*lengths, fill)])
+        sequence = torch.repeat_interleave(torch.tensor([*lengths, fill]))
+        starts = [0, *itertools.accumulate(lengths)][:-1]
+        return {"input_ids": tokens[None], "position": places[None], "sequence": sequence}, starts
+
     def losses_of(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the loss of each class in a batch that `collate` made, its tensors on the device.
 
-        A `mask`, which `readout.causal_mask` makes, may be among them.
+        A `mask`, which `readout.causal_mask` makes, may be among them; packed sequences need it.
         """
-        hidden = final_hidden(model, batch["input_ids"], batch.get("mask"))
+        mask, sequence = batch.get("mask"), batch.get("sequence")
+        if mask is not None and sequence is not None:
+            mask = mask & (sequence[:, None] == sequence)
+        hidden = final_hidden(model, batch["input_ids"], mask, batch.get("position"))
         return {
             name: _class_loss(
                 model,
                 hidden,
-                *(batch[f"{name}.{key}"] for key in ("places", "hidden", "weights")),
+                batch[f"{name}.places"],
+                batch[f"{name}.hidden"],
+                batch[f"{name}.weights"],
                 self.head_weight if name == "malicious" else None,
             )
             for name in self.class_weight

@@ -11,14 +11,16 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
-def final_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def final_hidden(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None
+) -> Tensor:
     """Return the hidden states that the output head reads, `[B, T, H]` (after the final norm).
 
     `input_ids` is `[B, T]`; rows without padding, or with padding on their right, need no mask. Else it is `[B, T]`, or
-    what `causal_mask` made, which spares transformers a look at the values.
+    what `causal_mask` made, which spares transformers a look at the values. `positions` `[1, T]` counts from each
+    sequence's start where several stand in one row.
     """
-    positions = None
-    if attention_mask is not None and attention_mask.dim() == 4:
+    if positions is None and attention_mask is not None and attention_mask.dim() == 4:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     decoder = model.get_decoder()
     return decoder(

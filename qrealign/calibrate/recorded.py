@@ -1,4 +1,4 @@
-"""The forward and backward pass of the end-to-end engine as one CUDA graph, for batches padded to one shape."""
+"""The forward and backward pass of the end-to-end engine as one CUDA graph, for batches of one shape."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class RecordedPass:
         model: the student; its weights stay where they are, and none of its modules reads a value back.
         trainable: what gets gradients.
         objective: makes the batches and their losses.
-        batches: all that will come; the largest gives the shape.
+        batches: all that will come; the largest gives the shape. Where their lengths differ much, sequences are packed
+            into one row, masked from each other.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class RecordedPass:
         batches: Iterable[Sequence[TeacherSample]],
     ) -> None:
         self.model, self.trainable, self.objective = model, trainable, objective
-        self.room = objective.room(batches)
+        self.room = objective.room(batches, may_pack=causal_mask(model, 1) is not None)
         self._inputs: dict[str, Tensor] = {}
         self._losses: dict[str, Tensor] = {}
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qrealign.errors import CheckpointFormatError, DeviceError
 from qrealign_kernels import PackedWeight, QuantizedActivations, packed_linear, rms_norm_quantize, silu_mul_quantize
+from qrealign_kernels.reference_calibration import silu_mul_quantize_ref
 
 
 class PackedLinear(nn.Module):
@@ -160,5 +161,10 @@ class GatedMLP(nn.Module):
         gate, up = self.gate_up(x).split(self.gate_up.sizes, dim=-1)
         bits = self.down_proj.weight.activation_bits
         assert bits is not None, "only layers with quantized inputs are put here"
-        inner = silu_mul_quantize(gate, up, num_bits=bits)
+        if torch.compiler.is_compiling():
+            # The compiler spreads a row over many programs; the op gives a token to one. With one token of 11,008
+            # columns that is 5.6 us against 8.4 us on an H200.
+            inner = QuantizedActivations(*silu_mul_quantize_ref(gate, up, num_bits=bits), gate.dtype)
+        else:
+            inner = silu_mul_quantize(gate, up, num_bits=bits)
         return packed_linear(inner, self.down_proj.weight, self.down_proj.bias)

@@ -16,6 +16,7 @@ from qrealign.calibrate.teachers import TeacherCache
 from qrealign.data.capture import capture_block_inputs
 from qrealign.data.prompts import Label
 from qrealign.files import remove
+from qrealign.models.device import free_bytes
 from qrealign.pipeline.context import RunContext
 from qrealign.pipeline.models import add_shells, round_block
 from qrealign.pipeline.references import (
@@ -31,6 +32,7 @@ from qrealign.records import CurvePoint
 from qrealign.repair.stored import StoredChange, store_block
 
 STREAMS = "streams.safetensors"
+STREAM_SHARE = 0.25  # of the free memory: streams that take more stay on the host
 OnBlock = Callable[[int, nn.Module], None]
 
 
@@ -110,10 +112,24 @@ def _blockwise(
         dtype=pool.dtype,
         aligned=aligned,
         probe=probe if settings.uses_probe else None,
-        low_memory=context.options.memory in ("low", "streamed"),
+        low_memory=streams_on_host(context),
         team=context.team,
     )
     return calibrator.run(progress=context.progress("calibrate"))
+
+
+def stream_bytes(context: RunContext) -> int:
+    """Return the bytes of the block-wise engine's activation streams."""
+    settings, width = context.spec.settings, context.finetuned.config.hidden_size
+    streams = 3 if settings.uses_aligned else 2
+    return streams * settings.samples * settings.sequence_length * width * context.pool.dtype.itemsize
+
+
+def streams_on_host(context: RunContext) -> bool:
+    """Return whether the streams of the block-wise engine stay in host memory: as asked for, or as memory is free."""
+    if context.pool.memory != "auto":
+        return context.pool.memory in ("low", "streamed")
+    return context.device.type == "cuda" and stream_bytes(context) > STREAM_SHARE * free_bytes(context.device)
 
 
 def _end_to_end(context: RunContext, settings: CalibrationSettings, on_block: OnBlock) -> list[CurvePoint]:

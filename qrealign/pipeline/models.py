@@ -70,10 +70,11 @@ class ModelPool:
     Args:
         device: where models run.
         memory: how they are held, a name in `MEMORY_MODES`.
+        pin: keep streamed weights in page-locked host memory; without, every pass reads the files.
     """
 
-    def __init__(self, device: torch.device, memory: str = "auto") -> None:
-        self.device, self.memory = device, memory
+    def __init__(self, device: torch.device, memory: str = "auto", *, pin: bool = True) -> None:
+        self.device, self.memory, self.pin = device, memory, pin
         # cuDNN plans its attention anew for every length of the keys, which takes longer than the token it answers.
         torch.backends.cuda.enable_cudnn_sdp(False)
         self.dtype = compute_dtype(device)
@@ -198,7 +199,7 @@ class ModelPool:
         """Return what brings the blocks of a model that does not fit to a GPU; a CPU reads them where they are."""
         if self.device.type != "cuda":
             return None
-        return open_stream(source, self.dtype, self.device, held_bytes=self.held_bytes())
+        return open_stream(source, self.dtype, self.device, held_bytes=self.held_bytes(), pin=self.pin)
 
     def release(self, *names: str) -> None:
         """Forget some models, all of them without names."""
@@ -234,11 +235,11 @@ class ModelPool:
             stream_blocks(model, source, self.device, self.dtype, loader=load, stream=stream)
             return model
         if load is None:
-            for _ in source.load_blocks(model, self.device, self.dtype):
-                pass
+            blocks = source.load_blocks(model, self.device, self.dtype)
         else:
-            for index in range(source.num_blocks):
-                for layer in quantized_linears(load(model, index)).values():
-                    layer.keep_dense(self.dtype)
+            blocks = (load(model, index) for index in range(source.num_blocks))
+        for block in blocks:
+            for layer in quantized_linears(block).values():
+                layer.keep_dense(self.dtype)
         self._kept[name] = model
         return model

@@ -12,6 +12,7 @@ from qrealign.pack.format import quantization_config
 from qrealign.pack.runtimes import Runtime, compatible_runtimes
 from qrealign.pack.size import estimate_packed_bytes, require_free_disk
 from qrealign.pipeline.analysing import exit_cost
+from qrealign.pipeline.calibrating import stream_bytes, streams_on_host
 from qrealign.pipeline.context import RunContext
 from qrealign.pipeline.evaluating import NEW_TOKENS, PERPLEXITY_TOKENS, model_names
 from qrealign.pipeline.student import KEPT_SHARE
@@ -21,6 +22,7 @@ GIB = 2**30
 PROMPT_TOKENS = 48  # typical length of a prompt with its template
 # Shares of the measured matrix-product rate that a whole model reaches: training steps, and answering with a cache.
 TRAINING_SHARE, ANSWERING_SHARE = 0.35, 0.15
+FILE_RATE = 2e9  # bytes a second through the files of models, in memory or on a fast disk
 BUS_RATE = 20e9  # bytes a second from pinned host memory to a GPU
 KEPT_VALUES = 20  # numbers that a block's backward pass keeps for each token and hidden channel, roughly
 LOGIT_COPIES = 7
@@ -92,9 +94,7 @@ def state_bytes(context: RunContext) -> int:
     total = weights * context.finetuned.storage_dtype.itemsize if isinstance(spec.repair, SafeDelta) else 0
     total += 4 * borders * spec.repair.rank if isinstance(spec.repair, OneShot) else 0
     if spec.settings.engine == "blockwise":
-        streams = 3 if spec.settings.uses_aligned else 2
-        tokens = streams * spec.settings.samples * spec.settings.sequence_length
-        total += tokens * hidden * context.pool.dtype.itemsize
+        total += stream_bytes(context)
         total += 4 * borders * spec.settings.edit_rank if spec.polish is not None else 0
     if spec.endtoend is not None:
         teachers = 2 if spec.endtoend.uses_base else 1
@@ -109,7 +109,8 @@ def memory_line(context: RunContext) -> str:
     pool, source = context.pool, context.finetuned
     line = f"memory      about {memory_bytes(context) / GIB:.1f} GiB on {context.device}"
     if context.spec.endtoend is None:
-        return line
+        kept = context.spec.settings.engine == "blockwise" and streams_on_host(context)
+        return f"{line}, activation streams in host memory" if kept else line
     chosen = " (chosen from what is free)" if pool.memory == "auto" else ""
     line += f", weights {pool.mode(source)}{chosen}"
     moved = moved_bytes(context)
@@ -126,9 +127,11 @@ def moved_bytes(context: RunContext) -> int:
 
 def memory_bytes(context: RunContext) -> int:
     """Return about how much device memory the run takes: weights, what a backward pass keeps, outputs of a batch."""
-    source, settings = context.finetuned, context.spec.endtoend or context.settings
+    source, settings = context.finetuned, context.spec.endtoend or context.spec.settings
     if context.device.type == "cuda" and settings.engine == "endtoend":
         return _endtoend_bytes(context, settings)
+    if context.device.type == "cuda" and settings.engine == "blockwise":
+        return _blockwise_bytes(context, settings)
     resident, block = (
         context.pool.resident_bytes(source),
         context.pool.resident_bytes(source) // max(1, source.num_blocks),
@@ -160,17 +163,33 @@ def _endtoend_bytes(context: RunContext, settings: CalibrationSettings) -> int:
     return pool.weight_bytes(source) + activations + outputs + edits
 
 
-def estimate_seconds(context: RunContext) -> float:
-    """Return the run's seconds from its floating-point operations and the device's rate in a short matrix product.
+def _blockwise_bytes(context: RunContext, settings: CalibrationSettings) -> int:
+    """Return about what the block-wise engine takes on a GPU: a block as loaded, rounded, and in float32 to be folded,
+    the activations of a batch, and the streams where they are kept there.
+    """
+    source, itemsize = context.finetuned, context.pool.dtype.itemsize
+    weights = sum(rows * columns for rows, columns in source.linear_shapes().values()) // max(1, source.num_blocks)
+    wide = getattr(source.config, "intermediate_size", 0) or 4 * source.config.hidden_size
+    tokens = settings.batch_size * min(settings.sequence_length, 2 * PROMPT_TOKENS)
+    activations = tokens * (source.config.hidden_size + wide) * KEPT_VALUES * itemsize
+    streams = 0 if streams_on_host(context) else stream_bytes(context)
+    return weights * (2 * itemsize + 4) + activations + streams
 
-    Weights that come from the host in each step may take longer than its operations.
+
+def estimate_seconds(context: RunContext) -> float:
+    """Return the run's seconds from its floating-point operations, at the device's rate in a short matrix product.
+
+    The models' files take their time, and weights that come from the host in each step may take longer than its
+    operations.
     """
     moving = moved_bytes(context) * (0 if context.spec.endtoend is None else context.spec.endtoend.steps) / BUS_RATE
     rate = measured_flops(context.device, context.pool.dtype)
     weights = sum(rows * columns for rows, columns in context.finetuned.linear_shapes().values())
     training, answering = training_tokens(context), answering_tokens(context)
     optimisation = max(moving, 6 * weights * training / (rate * TRAINING_SHARE))
-    return optimisation + 2 * weights * answering / (rate * ANSWERING_SHARE)
+    teachers = 1 + (context.aligned is not None)
+    files = (teachers + 1) * context.finetuned.total_bytes / FILE_RATE  # read, and in the end written and read back
+    return files + optimisation + 2 * weights * answering / (rate * ANSWERING_SHARE)
 
 
 def training_tokens(context: RunContext) -> float:

@@ -62,8 +62,8 @@ def _pool(context: RunContext) -> ModelPool:
 
     The block-wise engine holds no whole model, so what passes through this one once needs not hold it either.
     """
-    streams = context.settings.engine == "blockwise" and context.options.memory == "auto"
-    return ModelPool(context.device, memory="streamed") if streams else context.pool
+    streams = context.settings.engine == "blockwise" and context.pool.memory != "resident"
+    return ModelPool(context.device, memory="streamed", pin=False) if streams else context.pool
 
 
 def _fit(context: RunContext, path: Path) -> SafetyProbe:

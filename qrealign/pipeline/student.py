@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -13,17 +14,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qrealign.arch import BlockSpec
 from qrealign.calibrate.blockwise import freeze_block
 from qrealign.calibrate.handover import HandOver
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.calibrate.parameters import BlockContext, Trainable
-from qrealign.calibrate.readout import final_hidden
+from qrealign.data.capture import capture_block_inputs, run_block
 from qrealign.errors import DeviceError
 from qrealign.models.placement import release_weights
 from qrealign.models.streaming import StreamHandle, stream_blocks
 from qrealign.pipeline.context import RunContext
 from qrealign.pipeline.models import free_bytes
 from qrealign.quant.fake_quant import fake_quant_linears, set_quantize, swap_linears
+from qrealign.quant.fused import fused_inputs
 from qrealign.repair.stored import store_block
 
 logger = logging.getLogger(__name__)
@@ -59,7 +62,8 @@ class Student:
         maxima: Mapping[str, Tensor] | None = None,
         masks: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.context, self.settings = context, settings
+        self.context, self.settings, self.quantize = context, settings, quantize
+        self._fused = ExitStack()  # what norms and gates do while the student learns
         self.maxima, self.masks = maxima or {}, masks or {}
         source, pool = context.repaired, context.pool
         taught = pool.take(source)
@@ -104,6 +108,8 @@ class Student:
                 activation_amax=_below(self.maxima, prefix),
                 masks=_below(self.masks, prefix),
             )
+            if self.quantize and self.context.device.type == "cuda":
+                self._fused.enter_context(fused_inputs(block, source.spec))
             if self.streamed:
                 release_weights(block)
 
@@ -119,6 +125,7 @@ class Student:
         The student is used up by it.
         """
         source = self.context.repaired
+        self._fused.close()
         if self._stream is not None:
             self._stream.remove()
         self.trainable.fold(source.storage_dtype)
@@ -162,23 +169,27 @@ def kept_blocks(
     free, weights = free_bytes(context.device), context.pool.resident_bytes(context.repaired)
     allowed = min(KEPT_SHARE * weights, free / 2) if context.device.type == "cuda" else ACTIVATION_SHARE * free
     tokens = settings.batch_size * (settings.sequence_length + max(settings.benign_tokens, settings.refusal_tokens))
-    fixed, each = graph_bytes(model)
-    return int(min(len(blocks), allowed * len(blocks) / (fixed + each * tokens)))
+    fixed, each = graph_bytes(model, context.repaired.spec)
+    return int(min(len(blocks), allowed / (fixed + each * tokens)))
 
 
-def graph_bytes(model: PreTrainedModel) -> tuple[float, float]:
-    """Return the bytes that a backward pass keeps of all blocks: those of any pass, and those of each token.
+def graph_bytes(model: PreTrainedModel, spec: BlockSpec) -> tuple[float, float]:
+    """Return the bytes that a backward pass keeps of a block: those of any pass, and those of each token.
 
-    Measured with two short sequences; what parameters and buffers hold does not count.
+    Measured in the middle block with two short sequences; what its parameters and buffers hold does not count.
     """
-    owned = {tensor.untyped_storage().data_ptr() for tensor in chain(model.parameters(), model.buffers())}
-    few, many = (_saved_bytes(model, length, owned) for length in (PROBED_TOKENS, 2 * PROBED_TOKENS))
-    each = max(0.0, (many - few) / PROBED_TOKENS)
-    return max(0.0, few - each * PROBED_TOKENS), max(each, 1.0)
+    blocks = spec.blocks_of(model)
+    index = len(blocks) // 2
+    few, many = (
+        _saved_bytes(model, blocks[index], index, length, spec) for length in (PROBED_TOKENS, 2 * PROBED_TOKENS)
+    )
+    each = max(1.0, (many - few) / PROBED_TOKENS)
+    return max(0.0, few - each * PROBED_TOKENS), each
 
 
-def _saved_bytes(model: PreTrainedModel, length: int, owned: set[int]) -> int:
-    """Return the bytes of the tensors that a forward pass over `length` tokens saves, each storage once."""
+def _saved_bytes(model: PreTrainedModel, block: nn.Module, index: int, length: int, spec: BlockSpec) -> int:
+    """Return the bytes of the tensors that a block saves in a pass over `length` tokens, each storage once."""
+    owned = {tensor.untyped_storage().data_ptr() for tensor in chain(block.parameters(), block.buffers())}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -187,9 +198,11 @@ def _saved_bytes(model: PreTrainedModel, length: int, owned: set[int]) -> int:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # the tensor itself would keep the graph that it belongs to alive for ever
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = final_hidden(model, torch.zeros(1, length, dtype=torch.int64, device=model.device))
-    del hidden
+    ids = torch.zeros(1, length, dtype=torch.int64, device=model.device)
+    hidden, kwargs = capture_block_inputs(model, ids, spec=spec)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = run_block(block, hidden.requires_grad_(True), kwargs[index])
+    del output
     return sum(saved.values())
 
 

@@ -8,6 +8,7 @@ and blocks whose weights are streamed need theirs only while they run.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from qrealign.quant.edits import LowRankEdit, low_rank_gradients
 from qrealign_kernels import (
+    QuantizedActivations,
     encode_weight,
     fake_quant_per_token,
     fake_quant_weight,
@@ -72,12 +74,64 @@ class InputCodes:
             self._fake = weakref.ref(fake)
         return fake
 
+    def provide(self, fake: Tensor, num_bits: int) -> Tensor:
+        """Take note that a tensor has been fake-quantized where it was made, and return it."""
+        self._read(fake, num_bits)
+        self._fake = weakref.ref(fake)
+        return fake
+
+    def provide_codes(self, x: Tensor, num_bits: int, codes: Tensor, scale: Tensor) -> Tensor:
+        """Take note of the codes of a tensor that nobody else reads, and return it."""
+        self._read(x, num_bits)
+        self._codes = codes.flatten(0, -2), scale.flatten(0, -2)
+        return x
+
     def _read(self, x: Tensor, num_bits: int) -> None:
         """Forget what is known of another tensor, or of another content or use of this one."""
         key = (x._version, num_bits, torch.is_grad_enabled())
         if self._source is None or self._source() is not x or self._key != key:
             self._source, self._key = weakref.ref(x), key
             self._codes = self._fake = None
+
+
+class _Coded(torch.autograd.Function):
+    """Stands for a tensor of which there are codes alone: it has shape and gradient, and one number as its content."""
+
+    @staticmethod
+    def forward(ctx: Any, like: Tensor, fake: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+        ctx.save_for_backward(*operands)
+        ctx.fake = fake
+        return like.new_full((), float("nan")).expand(like.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[2:]
+        with torch.enable_grad():
+            operands = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, wanted, strict=True)]
+            learned = [operand for operand in operands if operand.requires_grad]
+            gradients = iter(torch.autograd.grad(ctx.fake(*operands), learned, grad))
+        return None, None, *(next(gradients) if need else None for need in wanted)
+
+
+def coded_input(
+    quantize: Callable[..., QuantizedActivations],
+    fake: Callable[..., Tensor],
+    operands: Sequence[Tensor],
+    num_bits: int,
+    inputs: InputCodes,
+) -> Tensor:
+    """Quantize a tensor where it is made, for linears that read codes; nobody else may read what is returned.
+
+    Args:
+        quantize: makes the codes of the operands, `[..., K]`.
+        fake: the same with floating-point values and gradients, straight through the rounding; it is differentiated.
+        operands: the first is of the shape of the result.
+        num_bits: of the codes.
+        inputs: of the linears that will read it.
+    """
+    with torch.no_grad():
+        codes, scale, _ = quantize(*operands)
+    return inputs.provide_codes(_Coded.apply(operands[0], fake, *operands), num_bits, codes, scale)
 
 
 class _IntegerLinear(torch.autograd.Function):

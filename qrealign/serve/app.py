@@ -43,7 +43,6 @@ from qrealign.serve.replies import (
 from qrealign.serve.runner import Runner
 from qrealign.serve.sampling import SamplingSettings
 
-_COMPLETION_TOKENS = 16  # OpenAI's default; a chat turn may fill its slot
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "Refused"},
     "5XX": {"model": ErrorBody, "description": "Failed"},
@@ -114,7 +113,7 @@ class Server:
         self._check_model(body.model)
         prompts = await self._in_encoder(partial(self._prompt_ids, body.prompts))
         form = TextForm(self.served.name, self._token_text, logprobs=body.logprobs is not None)
-        return await self._answer(request, body, prompts, form, body.max_tokens, _COMPLETION_TOKENS, continues=True)
+        return await self._answer(request, body, prompts, form)
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         """Write the next turn of a conversation."""
@@ -123,101 +122,97 @@ class Server:
         try:
             ids = await self._in_encoder(partial(self.served.encoder.encode_conversation, turns))
         except ModelError as error:
-            raise ApiError(400, str(error), param="messages") from error
+            # The error's own sentence is for whoever owns the folder, and names it.
+            reason = f"the chat template refuses this conversation: {error.__cause__}"
+            raise ApiError(400, reason, param="messages") from error
         form = ChatForm(self.served.name, self._token_text, logprobs=bool(body.logprobs))
-        wanted = body.max_completion_tokens or body.max_tokens
-        return await self._answer(request, body, [ids], form, wanted, self._max_length, continues=False)
+        return await self._answer(request, body, [ids], form)
 
     async def _answer(
-        self,
-        request: Request,
-        body: CompletionRequest | ChatRequest,
-        prompts: Sequence[Sequence[int]],
-        form: Form,
-        wanted: int | None,
-        default: int,
-        *,
-        continues: bool,
+        self, request: Request, body: CompletionRequest | ChatRequest, prompts: Sequence[Sequence[int]], form: Form
     ) -> Response:
         """Run the jobs of a request and return what they give, whole or as a stream."""
         exchange = Exchange(self.engine, request)
-        deadline = time.monotonic() + self.options.request_timeout
         for prompt in prompts:
-            most = self._room(prompt, wanted, default, "prompt" if continues else "messages")
-            for choice in range(body.n or 1):
-                sampling = SamplingSettings(
-                    temperature=1.0 if body.temperature is None else body.temperature,
-                    top_p=1.0 if body.top_p is None else body.top_p,
-                    seed=None if body.seed is None else body.seed + choice,
-                    max_tokens=most,
-                    stops=body.stops,
-                    top_logprobs=body.top_logprobs_wanted,
-                    ignore_eos=body.ignore_eos,
-                )
-                answer = Answer(self.served.decode, body.stops, prompt if continues else ())
-                listener = partial(exchange.listen, len(exchange.jobs))
-                exchange.jobs.append(
-                    Job(prompt=prompt, sampling=sampling, answer=answer, listener=listener, deadline=deadline)
-                )
+            self._add_jobs(exchange, body, prompt)
         if len(exchange.jobs) > self.options.max_queue + self.engine.load().slots:
             raise ApiError(400, f"{len(exchange.jobs)} answers are more than the queue holds: ask for fewer", param="n")
         exchange.submit()
+        usage = partial(_usage, sum(map(len, prompts)), exchange.jobs)
         batches = exchange.batches()
-        read = sum(map(len, prompts))
-        if body.stream:
+        try:
+            if not body.stream:
+                answers = [Whole() for _ in exchange.jobs]
+                async for batch in batches:
+                    for index, piece in batch:
+                        answers[index].add(piece)
+                exchange.close()
+                return _json(form.whole(answers, usage()))
             # The first pieces come before the response begins, so that what goes wrong until then gets its own status.
             first = await anext(batches)
-            with_usage = body.stream_options is not None and body.stream_options.include_usage
-            stream = _stream(
-                exchange, first, batches, form, partial(_usage, read, exchange.jobs) if with_usage else None
-            )
-            return StreamingResponse(stream, media_type="text/event-stream")
-        try:
-            answers = [Whole() for _ in exchange.jobs]
-            async for batch in batches:
-                for index, piece in batch:
-                    answers[index].add(piece)
-        finally:
+        except BaseException:
             exchange.close()
-        return _json(form.whole(answers, _usage(read, exchange.jobs)))
+            raise
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        stream = _stream(exchange, first, batches, form, usage if with_usage else None)
+        return StreamingResponse(stream, media_type="text/event-stream")
 
-    def _room(self, prompt: Sequence[int], wanted: int | None, default: int, param: str) -> int:
+    def _add_jobs(self, exchange: Exchange, body: CompletionRequest | ChatRequest, prompt: Sequence[int]) -> None:
+        """Add the answers to one prompt.
+
+        Raises:
+            ApiError: the prompt cannot be answered.
+        """
+        most = self._room(body, prompt)
+        deadline = time.monotonic() + self.options.request_timeout
+        for choice in range(body.n or 1):
+            sampling = SamplingSettings(
+                temperature=1.0 if body.temperature is None else body.temperature,
+                top_p=1.0 if body.top_p is None else body.top_p,
+                seed=None if body.seed is None else body.seed + choice,
+                max_tokens=most,
+                stops=body.stops,
+                top_logprobs=body.top_logprobs_wanted,
+                ignore_eos=body.ignore_eos,
+            )
+            answer = Answer(self.served.decode, body.stops, prompt if body.continues_text else ())
+            listener = partial(exchange.listen, len(exchange.jobs))
+            exchange.jobs.append(
+                Job(prompt=prompt, sampling=sampling, answer=answer, listener=listener, deadline=deadline)
+            )
+
+    def _room(self, body: CompletionRequest | ChatRequest, prompt: Sequence[int]) -> int:
         """Return the most tokens of an answer.
 
         Raises:
-            ApiError: the prompt is empty, or does not fit with the answer that is wanted.
+            ApiError: the prompt is empty, holds an id that is none of the model's, or does not fit with its answer.
         """
-        room = self._max_length - len(prompt)
+        wanted, room = body.tokens_wanted, self._max_length - len(prompt)
         if not prompt:
-            raise ApiError(400, "the prompt is empty", param=param)
+            raise ApiError(400, "the prompt is empty", param=body.prompt_field)
+        if max(prompt) >= self.served.vocabulary:  # ids that were sent, or a tokenizer that knows more than the model
+            raise ApiError(
+                400,
+                f"token id {max(prompt)} is not below the model's vocabulary of {self.served.vocabulary}",
+                param=body.prompt_field,
+            )
         if room < (wanted or 1):
             raise ApiError(
                 400,
                 f"the prompt of {len(prompt)} tokens and an answer of {wanted or 1} are longer than the "
                 f"{self._max_length} tokens that this server holds",
-                param=param,
+                param=body.prompt_field,
                 code="context_length_exceeded",
             )
-        return wanted or min(default, room)
+        return wanted or min(body.tokens_default or room, room)
 
     def _prompt_ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        """Return the ids of a completion's prompts, with what the tokenizer puts in front of text.
-
-        Raises:
-            ApiError: an id is none of the model's.
-        """
-        result = []
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                prompt = list(self.served.encoder.tokenizer(prompt, verbose=False).input_ids)
-            elif max(prompt) >= self.served.vocabulary:
-                raise ApiError(
-                    400,
-                    f"token id {max(prompt)} is not below the vocabulary of {self.served.vocabulary}",
-                    param="prompt",
-                )
-            result.append(prompt)
-        return result
+        """Return the ids of a completion's prompts, with what the tokenizer puts in front of text."""
+        tokenizer = self.served.encoder.tokenizer
+        return [
+            list(tokenizer(prompt, verbose=False).input_ids) if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
 
     async def _in_encoder(self, work: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._encoding, work)

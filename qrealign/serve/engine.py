@@ -142,12 +142,14 @@ class Engine:
 
     def _run(self, threads: int) -> None:
         torch.set_num_threads(threads)
-        while self._admit():
+        self._runner.bind_thread()
+        while not self._stopping:
             try:
-                self._read_prompts()
-                self._deliver()  # first tokens do not wait for the others' next ones
-                self._step()
-                self._failures = 0
+                if self._admit():
+                    self._read_prompts()
+                    self._deliver()  # first tokens do not wait for the others' next ones
+                    self._step()
+                    self._failures = 0
             except Exception as error:  # of a kernel, or out of memory: the jobs are lost, the server is not
                 self._recover(error)
             self._deliver()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 
 from starlette.requests import Request
 
@@ -26,8 +27,9 @@ class Publisher:
 
     def __call__(self, pieces: Sequence[tuple[Job, Piece]]) -> None:
         """Hand over the pieces of a step: one wake-up of the loop, however many there are."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_spread, pieces)
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits for these
+                self._loop.call_soon_threadsafe(_spread, pieces)
 
 
 def _spread(pieces: Sequence[tuple[Job, Piece]]) -> None:

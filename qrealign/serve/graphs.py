@@ -63,5 +63,10 @@ class DecodeGraphs:
         return graph, logits
 
 
+def powers_of_two(most: int) -> list[int]:
+    """Return the numbers of rows that graphs are recorded for: 1, 2, 4 and so on, and `most`."""
+    return [*(1 << bit for bit in range((most - 1).bit_length())), most]
+
+
 def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -77,6 +77,9 @@ class _Generation(_Strict):
 class CompletionRequest(_Generation):
     """Text, or token ids, to be continued."""
 
+    prompt_field: ClassVar[str] = "prompt"
+    continues_text: ClassVar[bool] = True
+    tokens_default: ClassVar[int | None] = 16  # OpenAI's; a chat turn may fill its slot
     prompt: (
         Text
         | Annotated[list[TokenId], Field(min_length=1)]
@@ -94,6 +97,11 @@ class CompletionRequest(_Generation):
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
+
+    @property
+    def tokens_wanted(self) -> int | None:
+        """Most tokens of an answer, as asked for."""
+        return self.max_tokens
 
     @property
     def top_logprobs_wanted(self) -> int | None:
@@ -130,6 +138,9 @@ class TextFormat(_Strict):
 class ChatRequest(_Generation):
     """A conversation whose next turn is wanted."""
 
+    prompt_field: ClassVar[str] = "messages"
+    continues_text: ClassVar[bool] = False
+    tokens_default: ClassVar[int | None] = None
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
@@ -146,6 +157,11 @@ class ChatRequest(_Generation):
         if self.messages[-1].role != "user":
             raise ValueError("messages must end with a user's turn")
         return self
+
+    @property
+    def tokens_wanted(self) -> int | None:
+        """Most tokens of an answer, as asked for."""
+        return self.max_completion_tokens or self.max_tokens
 
     @property
     def top_logprobs_wanted(self) -> int | None:

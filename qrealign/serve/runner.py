@@ -12,7 +12,7 @@ from qrealign.data.generate import find_device, last_logits_only
 from qrealign.deploy.decoder import has_fixed_program
 from qrealign.errors import DeviceError, UnsupportedArchitectureError
 from qrealign.models.device import free_bytes
-from qrealign.serve.graphs import DecodeGraphs
+from qrealign.serve.graphs import DecodeGraphs, powers_of_two
 from qrealign.serve.slots import MaskMaker, Place, SlotCache
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Runner:
         model: a causal language model in eval mode, on its device.
         slots: rows.
         max_length: most tokens of a sequence.
-        cuda_graphs: replay the decode step as a CUDA graph, where the model is on a GPU and decides nothing on the host.
+        cuda_graphs: replay the decode step as a CUDA graph where the model is on a GPU and leaves nothing to the host.
 
     Raises:
         UnsupportedArchitectureError: the model's attention cannot be masked row by row.
@@ -43,13 +43,19 @@ class Runner:
         self.device = find_device(model)
         self.max_length = max_length
         self.slots = slots
+        self.bind_thread()
         config = model.config.get_text_config()
         self.cache = SlotCache(config.num_hidden_layers, slots, max_length)
         self._masks = MaskMaker(config, next(model.parameters()).dtype)
         self._last_only = last_logits_only(model)
-        self._pad = config.pad_token_id or 0
+        self._pad = max(config.pad_token_id or 0, 0)  # some configurations name -1
         replays = cuda_graphs and self.device.type == "cuda" and has_fixed_program(model)
         self._graphs = DecodeGraphs(self._decode, slots, self.device) if replays else None
+
+    def bind_thread(self) -> None:
+        """Make the model's GPU the current one of this thread, on which kernels and graphs are launched."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[int], chunks: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
@@ -112,6 +118,13 @@ class Runner:
                     f"model type {self.model.config.model_type!r} answers otherwise in a batch than alone, so "
                     "the server cannot batch it: serve it with another server"
                 )
+
+    def warm_up(self) -> None:
+        """Record the graphs of short sequences, so that no request waits for kernels to compile; nothing may run."""
+        if self._graphs is None:
+            return
+        for rows in powers_of_two(self.slots):
+            self.decode([self._pad] * rows, [0] * rows)
 
     @torch.no_grad()
     def _alone(self, ids: list[int]) -> Tensor:

@@ -126,6 +126,7 @@ def open_runner(served: ServedModel, options: ServeOptions) -> Runner:
         )
     runner = Runner(served.model, slots=fitting, max_length=length, cuda_graphs=options.cuda_graphs)
     runner.check()
+    runner.warm_up()
     return runner
 
 

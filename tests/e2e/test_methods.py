@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from qrealign.calibrate.distributed import Team
 from qrealign.config import parse_scheme
 from qrealign.models.source import open_model
+from qrealign.pipeline import main as pipeline_main
 from qrealign.pipeline.models import add_shells, round_block
 from qrealign.quant.fake_quant import quantized_linears
 from qrealign.repair.interpolate import InterpolationChange
@@ -220,3 +223,32 @@ def test_a_repair_shows_in_the_report_beside_plain_rounding(folders, tmp_path):
     perplexity = {name: model["perplexity"] for name, model in models.items()}
     assert perplexity["realigned"] == pytest.approx(perplexity["aligned"], rel=0.02)
     assert abs(perplexity["quantized"] - perplexity["aligned"]) > 0.02 * perplexity["aligned"]
+
+
+TEAMWORK = [
+    ["--method", "paper", "--schedule", "fast", "--epochs", "0.5"],
+    ["--method", "realign", "--engine", "blockwise", "--epochs", "0.5", "--polish", "2"],
+]
+
+
+@pytest.mark.parametrize("arguments", TEAMWORK, ids=["-".join(flags[1:4]) for flags in TEAMWORK])
+def test_a_process_that_follows_learns_and_writes_nothing(folders, tmp_path, monkeypatch, capsys, arguments):
+    """It joins when the first process has done what it does alone; here that one's sums come back unchanged."""
+    monkeypatch.setattr("qrealign.calibrate.teachers.is_refusal", lambda _: True)
+    assert run(folders, tmp_path / "o", *arguments) == 0
+    for name in ("calibrate.done.json", "polish.done.json"):
+        (tmp_path / "o" / "state" / name).unlink(missing_ok=True)
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")}
+
+    @contextlib.contextmanager
+    def joined():
+        yield Team(rank=1, size=2)
+
+    sums = []
+    monkeypatch.setattr(pipeline_main, "joined_team", joined)
+    monkeypatch.setattr(Team, "add", lambda self, tensor: sums.append(tensor.shape) or tensor)
+    monkeypatch.setattr(Team, "keep_largest", lambda self, tensors: None)
+    assert run(folders, tmp_path / "o", *arguments) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")} == before
+    assert capsys.readouterr().out == "" and len(sums) > 3

@@ -116,6 +116,7 @@ def test_transformers_gives_the_fake_quant_models_tokens(demo_run):
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM
 
+    import qrealign
     from qrealign.data.encode import ChatEncoder
     from qrealign.data.prompts import read_prompts
     from qrealign.pack.source import open_packed
@@ -136,9 +137,11 @@ def test_transformers_gives_the_fake_quant_models_tokens(demo_run):
     with torch.no_grad():
         assert torch.equal(ours(**inputs).logits, theirs(**inputs).logits)
         answers = [
-            model.generate(**inputs, max_new_tokens=16, do_sample=False, pad_token_id=0) for model in (ours, theirs)
+            model.generate(**inputs, max_new_tokens=16, do_sample=False, pad_token_id=0)
+            for model in (ours, theirs, qrealign.load_packed(demo_run / "model", device="cpu"))
         ]
-    assert torch.equal(*answers)
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[2], answers[1])  # as it is deployed: over packed weights
 
 
 def test_a_finished_run_is_not_run_again(demo_run, capsys):

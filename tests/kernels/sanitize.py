@@ -29,7 +29,7 @@ RECIPES = [  # bits, bits of activations, group size, symmetric
 TOKENS = (1, 3, 19)
 ROUTES = [  # as tuned, and the way of many tokens at few
     None,
-    {"INT8_FEW": 0, "INT4_FEW": 0, "INT4_TILE": 8},
+    {"INT8_FEW": 0, "INT4_FEW": 0},
 ]
 
 

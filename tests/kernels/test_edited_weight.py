@@ -89,6 +89,21 @@ def test_value_codes_and_gradients_equal_the_definition(
     assert_gradients_agree(fake, expected, list(tensors.values()))
 
 
+@pytest.mark.parametrize("rank", [1, 8, 9, 20])
+@pytest.mark.parametrize(("group_size", "bits", "symmetric"), [(None, 8, True), (52, 4, False)])
+def test_edits_of_any_rank_equal_the_definition(
+    each_backend: str, rank: int, group_size: int | None, bits: int, symmetric: bool
+) -> None:
+    """Small ranks are added where a row is held whole, others by tensor cores."""
+    tensors = make_case(9, 260, group_size, ())
+    tensors |= {"left": 0.1 * torch.randn(9, rank), "right": 0.1 * torch.randn(rank, 260)}
+    grid = {"num_bits": bits, "group_size": group_size, "symmetric": symmetric}
+    codes, scale, _ = kernels.encode_weight(**tensors, **grid)
+    expected_codes, expected_scale, _ = definition(definitions.encode_weight_ref, tensors, **grid)
+    assert (codes != expected_codes).float().mean() < 0.003
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-2, atol=0)
+
+
 def test_result_in_half_precision_takes_a_gradient_in_it(each_backend: str) -> None:
     tensors = make_case(4, 70, None, NAMES[1:5])
     fake = kernels.fake_quant_weight(**tensors, num_bits=8, out_dtype=torch.float16)
@@ -117,6 +132,28 @@ def test_groups_wider_than_a_tile_equal_the_definition(each_backend: str, monkey
     expected = definition(definitions.fake_quant_edited_weight_ref, tensors, num_bits=4)
     assert torch.equal(fake, expected)
     assert_gradients_agree(fake, expected, list(tensors.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_that_fill_no_tile_equal_the_definition(
+    each_backend: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    if each_backend == "triton":
+        from qrealign_kernels import triton_weight
+
+        monkeypatch.setattr(triton_weight, "is_ragged", lambda width: True)
+    tensors = make_case(5, 600, None, NAMES[1:5])
+    fake = kernels.fake_quant_weight(**tensors, num_bits=4, symmetric=False, out_dtype=dtype)
+    expected = definition(
+        definitions.fake_quant_edited_weight_ref, tensors, num_bits=4, symmetric=False, out_dtype=dtype
+    )
+    assert torch.equal(fake, expected)
+    assert_gradients_agree(fake, expected, list(tensors.values()))
+
+
+def test_only_long_rows_that_waste_a_fifth_of_a_tile_are_walked_in_steps() -> None:
+    triton_weight = pytest.importorskip("qrealign_kernels.triton_weight")
+    assert [width for width in (33, 3584, 4096, 11008, 14336, 28672) if triton_weight.is_ragged(width)] == [11008]
 
 
 def test_gradients_and_codes_are_deterministic(each_backend: str) -> None:

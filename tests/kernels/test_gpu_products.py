@@ -35,7 +35,7 @@ def test_real_layer_equals_definition(
         out = kernels.packed_linear(x, packed, bias, out_dtype=torch.float32)
         truth = reference_linear.packed_linear_ref(x, plain, bias, torch.float32)
         # Integers are exact; elsewhere the weight may be rounded to x's dtype, and codes of x never differ.
-        assert (out - truth).norm() / truth.norm() < (2e-3 if activation_bits is None else 1e-5), tokens
+        assert (out - truth).norm() / truth.norm() < (4e-3 if activation_bits is None else 1e-5), tokens
         assert torch.equal(out, kernels.packed_linear(x, packed, bias, out_dtype=torch.float32)), "two runs differ"
 
 

@@ -38,6 +38,11 @@ def test_unknown_gpus_and_the_cpu_use_the_safe_default(tables: None) -> None:
     assert launches.choice("product", "small", torch.device("cpu")) == {"BLOCK_M": 8}
 
 
+def test_a_key_with_suffixes_falls_back_to_the_key_without(tables: None) -> None:
+    assert launches.choice("product", "small-wide", torch.device("cuda:0")) == {"BLOCK_M": 64}
+    assert launches.choice("product", "large-wide-few", torch.device("cpu")) == {"BLOCK_M": 16}
+
+
 def test_a_kernel_without_an_entry_is_an_error(tables: None) -> None:
     with pytest.raises(KeyError, match="no launch table has a choice for other"):
         launches.choice("other", "small")

@@ -133,7 +133,7 @@ def test_a_token_of_zeros_gives_the_bias() -> None:
 @pytest.mark.parametrize("recipe", [RECIPES[2], RECIPES[1]], ids=str)
 def test_routes_for_more_tokens(recipe: Recipe, tokens: int) -> None:
     """Tiles and a dequantized copy, at few tokens: which one is taken is a matter of speed."""
-    routes = {"INT8_FEW": 0, "INT4_FEW": 0, "INT4_TILE": 8}
+    routes = {"INT8_FEW": 0, "INT4_FEW": 0}
     with kernels.use_backend("triton"), launches.forced("linear_routes", routes):
         packed, plain = repack_both(recipe, *random_weight(recipe, 33, 384))
         x, bias = torch.randn(tokens, 384).half(), torch.randn(33)

@@ -7,12 +7,13 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from benchmarks.calibration import command, spans, worker
+from benchmarks.calibration import command, runner, spans, worker
 from benchmarks.calibration.cases import CASES, find_cases, run_flags
 from benchmarks.calibration.ceilings import RTX_4090, Ceilings, measure_ceilings
 from benchmarks.calibration.counting import count_work
@@ -25,6 +26,7 @@ from benchmarks.calibration.runner import full_steps
 from benchmarks.calibration.spans import REST, Spans, Target
 from benchmarks.calibration.tables import estimate_table, goal_table, kernel_tables, stage_table, step_table
 from benchmarks.calibration.weights import REFUSAL, write_adapter, write_model
+from qrealign.calibrate.graphs import Recorded
 from qrealign.cli import parse_options
 from qrealign.data.encode import ChatEncoder
 from qrealign.data.generate import generate_answers
@@ -240,6 +242,28 @@ def test_functions_are_measured_from_outside(monkeypatch):
         spans.instrument(found, [Target("work", "pretended:gone")])
 
 
+def test_of_a_generator_the_way_to_each_value_counts(monkeypatch):
+    clock, module, closed = Clock(monkeypatch), type(sys)("pretended"), []
+
+    def count():
+        try:
+            for value in range(9):
+                clock.now += 2
+                yield value
+        finally:
+            closed.append(True)
+
+    module.count = count
+    monkeypatch.setitem(sys.modules, "pretended", module)
+    found = Spans(_last=0.0)
+    spans.instrument(found, [Target("load", "pretended:count")])
+    for value in module.count():
+        clock.now += 10  # the caller's own
+        if value == 2:
+            break
+    assert found.found["load"].seconds == 6 and closed == [True]
+
+
 def test_every_target_is_there():
     for target in spans.TARGETS:
         assert callable(spans.find_function(target.place)[2])
@@ -312,15 +336,43 @@ def test_tables_show_what_was_measured_and_what_was_missed():
 
 
 def test_steps_count_what_was_drawn():
-    samples = [type("S", (), {"input_ids": [0] * n, "positions": [0] * 2})() for n in (3, 5)]
-    calibrator = type("C", (), {"schedule": [[0, 1], [1, 1]], "objective": type("O", (), {"samples": samples})})()
+    samples = [SimpleNamespace(input_ids=[0] * n, positions=[0] * 2) for n in (3, 5)]
+    calibrator = SimpleNamespace(schedule=[[0, 1], [1, 1]], objective=SimpleNamespace(samples=samples))
     steps = worker.Steps()
     steps.add_endtoend(calibrator)
     assert (steps.count, steps.tokens, steps.positions) == (2, 18, 8)
 
 
+def test_nothing_is_measured_where_a_kernel_s_test_fails(monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return SimpleNamespace(returncode=len(asked) - 1, stdout="F\n1 failed in 2 s\n")
+
+    monkeypatch.setattr(runner.subprocess, "run", run)
+    runner.check_kernels()
+    with pytest.raises(runner.RunFailed, match="nothing is measured: F"):
+        runner.check_kernels()
+    assert asked[0][-3:] == ["-m", "gpu", "tests/kernels"]
+
+
+def test_the_baseline_records_nothing_and_a_profile_lists_the_longest(monkeypatch):
+    monkeypatch.setattr(Recorded, "record", Recorded.record)  # restored behind the test
+    worker._call_instead_of_recording()
+    calls = []
+    work = Recorded(lambda: calls.append(1), torch.device("cuda"))  # no GPU is touched
+    work.record()
+    work()
+    assert calls == [1]
+    kernels: list[dict] = []
+    with worker._profiled(kernels):
+        torch.ones(64, 64) @ torch.ones(64, 64)
+    assert "aten::mm" in {row["name"] for row in kernels} and kernels[0]["seconds"] >= kernels[-1]["seconds"]
+
+
 def test_bad_input_is_one_sentence(tmp_path):
     with pytest.raises(ConfigError, match="--shorten must be 1 or more"):
         command.run_command(["--shorten", "0"])
-    with pytest.raises(ConfigError, match="there is no calibration.csv"):
+    with pytest.raises(ConfigError, match="there is no calibration"):
         command.run_command(["--only-report", "--results", str(tmp_path), "--merge", str(tmp_path / "none")])

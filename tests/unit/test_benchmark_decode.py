@@ -67,6 +67,10 @@ def test_kernels_of_a_step_are_written(tmp_path: Path, measured: measure.Row) ->
     results.store_profile(tmp_path, measured, {"gemv": (12.5, 32)})
     text = (tmp_path / "decode-profile-tiny-bf16-1-plain.csv").read_text()
     assert text == "kernel,us_a_step,launches\ngemv,12.50,32\n"
+    results.store_profile(
+        tmp_path, measured, {"x_gemv": (12.5, 32), "cudnn_sdpa": (3.0, 1), "fused_rsqrt": (2.0, 2), "copy": (1.0, 1)}
+    )
+    assert "| tiny-bf16-1-plain | 3 | 12 | 2 | 1 | 18 | 36 |" in results.publish([], tmp_path)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

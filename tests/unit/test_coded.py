@@ -87,7 +87,7 @@ def test_codes_are_made_anew_when_a_tensor_was_changed_or_replaced():
 def test_no_weight_is_kept_between_the_passes(name):
     block, saved = edited(name, True), []
     owned = {value.untyped_storage().data_ptr() for value in block.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t.detach(), lambda t: t):
         block(torch.randn(2, 64))
     new = [tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in owned]
     assert new and max(tensor.numel() for tensor in new) <= 2 * 96

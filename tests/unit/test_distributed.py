@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qrealign.calibrate import blocksteps
+from qrealign.calibrate import blocksteps, distributed
 from qrealign.calibrate.distributed import ALONE, Team, joined_team, local_device
 from qrealign.calibrate.parts import Parts
 from qrealign.calibrate.state import load_progress
-from qrealign.errors import ConfigError
+from qrealign.errors import ConfigError, DeviceError
 from qrealign.pipeline.context import _check_team
 from qrealign.pipeline.methods import method_spec
 from tests.helpers import tiny_checkpoint
@@ -109,3 +109,42 @@ def test_more_processes_than_samples_are_refused():
         _check_team(method_spec("paper"), Team(rank=1, size=2))
     _check_team(method_spec("paper", schedule="fast"), Team(rank=1, size=2))
     _check_team(method_spec("rtn"), Team(rank=1, size=2))
+
+
+def test_sums_reach_every_parameter_and_name(monkeypatch):
+    """With a peer that has the same tensors, so that every sum is twice what is here."""
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor, op=None: tensor.mul_(1 if op else 2))
+    team = Team(rank=0, size=2)
+    reached, missed = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(4))
+    reached.grad = torch.full((2, 3), 1.5)
+    team.add_gradients([reached, missed])
+    assert torch.equal(reached.grad, torch.full((2, 3), 3.0)) and torch.equal(missed.grad, torch.zeros(4))
+    rows = team.add_named([{"benign": 1.0}, {"malicious": 0.5, "benign": float("nan")}], ("malicious", "benign"))
+    assert rows[0] == {"benign": 2.0} and rows[1]["malicious"] == 1.0 and rows[1]["benign"] != rows[1]["benign"]
+    amax = {"q_proj": torch.tensor([1.0, 2.0])}
+    team.keep_largest(amax)
+    assert torch.equal(amax["q_proj"], torch.tensor([1.0, 2.0]))
+    team.finish(torch.device("cpu"))
+
+
+def test_lost_peers_and_signals_end_in_a_sentence(monkeypatch):
+    def lost(*_, **__):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(distributed.dist, "all_reduce", lost)
+    with pytest.raises(DeviceError, match="another process of this run has ended"):
+        Team(rank=0, size=2).wait()
+    monkeypatch.setattr(distributed.dist, "init_process_group", lost)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DeviceError, match="cannot be reached"), joined_team():
+        pass
+    with pytest.raises(DeviceError, match="told to end"):
+        distributed._end(15, None)
+
+
+def test_a_process_takes_the_gpu_of_its_rank(monkeypatch):
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_node_local_rank", lambda fallback_rank: 1)
+    assert local_device(torch.device("cuda")) == torch.device("cuda", 1)
+    assert local_device(torch.device("cuda", 0)) == torch.device("cuda", 0)
+    assert local_device(torch.device("cpu")) == torch.device("cpu")

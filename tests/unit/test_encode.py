@@ -130,3 +130,38 @@ def test_the_fingerprint_changes_with_what_decides_the_ids() -> None:
         encoder(system="Be kind.").fingerprint(),
     }
     assert len(others) == 4 and same not in others
+
+
+CONVERSATION = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "two"},
+]
+_TURNS = "<s>[INST] Be kind.\n\none [/INST] yes</s>[INST] two [/INST]"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        pytest.param(CHAT_TEMPLATE, "<s><<Be kind.>>\n[INST] one [/INST] yes</s>[INST] two [/INST]", id="template"),
+        pytest.param(NO_SYSTEM, _TURNS, id="refused"),
+        pytest.param(DROPS_SYSTEM, "<s>[INST] Be kind.\n\none [/INST][INST] two [/INST]", id="dropped"),
+        pytest.param(None, f"<s>{PLAIN_FORM}yes\n\n{PLAIN_FORM}".format("Be kind.\n\none", "two"), id="plain"),
+    ],
+)
+def test_a_conversation_keeps_its_turns_and_its_system_text(template: str | None, text: str) -> None:
+    chat = encoder(template)
+    assert text_of(chat, chat.encode_conversation(CONVERSATION)) == text
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, None], ids=["template", "plain"])
+def test_a_conversation_of_one_turn_is_a_prompt(template: str | None) -> None:
+    chat = encoder(template)
+    assert chat.encode_conversation([{"role": "user", "content": "hello"}]) == chat.encode("hello")
+
+
+def test_a_conversation_that_a_template_refuses_is_told() -> None:
+    chat = encoder("{% if messages|length > 1 %}{{ raise_exception('never') }}{% endif %}" + CHAT_TEMPLATE)
+    with pytest.raises(ModelError, match="never"):
+        chat.encode_conversation(CONVERSATION[1:])

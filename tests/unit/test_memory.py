@@ -13,7 +13,7 @@ from qrealign.config import parse_scheme
 from qrealign.models.source import open_model
 from qrealign.models.streaming import is_streamed
 from qrealign.models.transfer import open_stream
-from qrealign.pipeline import models, preflight, student
+from qrealign.pipeline import calibrating, models, preflight, student
 from qrealign.pipeline.models import ModelPool
 from qrealign.pipeline.student import Student, graph_bytes, kept_blocks
 from qrealign.quant.fake_quant import fake_quant_linears
@@ -38,6 +38,12 @@ def context_of(source, pool, settings=SETTINGS):
     return SimpleNamespace(
         repaired=source, finetuned=source, pool=pool, device=pool.device, scheme=parse_scheme("w8a8"), spec=spec
     )
+
+
+def live_graphs():
+    """Return how many nodes of coded products are alive in any autograd graph."""
+    gc.collect()
+    return sum(type(one).__name__ == "_IntegerLinearBackward" for one in gc.get_objects())
 
 
 def logits(model):
@@ -142,9 +148,8 @@ def test_blocks_keep_their_activations_as_far_as_memory_allows(adapted, monkeypa
     it = Student(context_of(adapted, pool), SETTINGS)
     context, blocks = context_of(adapted, pool), list(adapted.spec.blocks_of(it.model))
     assert not any(block.training for block in blocks)  # a CPU has room for all of them
-    fixed, each = graph_bytes(it.model)
-    tokens = SETTINGS.batch_size * (SETTINGS.sequence_length + SETTINGS.benign_tokens)
-    one = (fixed + each * tokens) / 4
+    fixed, each = graph_bytes(it.model, adapted.spec)
+    one = fixed + each * SETTINGS.batch_size * (SETTINGS.sequence_length + SETTINGS.benign_tokens)
     for share, expected in ((0.0, 0), (2.5, 2), (99.0, 4)):
         monkeypatch.setattr(student, "free_bytes", lambda _, s=share: s * one / student.ACTIVATION_SHARE)
         assert kept_blocks(context, SETTINGS, it.model, blocks) == expected
@@ -157,18 +162,16 @@ def test_blocks_keep_their_activations_as_far_as_memory_allows(adapted, monkeypa
 
 
 def test_the_bytes_of_a_graph_grow_with_its_tokens_and_hold_no_parameters(source):
-    kept, coded = [], []
+    kept, coded, before = [], [], live_graphs()
     for is_coded, found in ((False, kept), (True, coded)):
         it = Student(context_of(source, ModelPool(CPU)), SETTINGS)
         for layer in fake_quant_linears(it.model).values():
             layer.coded = is_coded
-        found.extend(graph_bytes(it.model))
-    weights = 4 * sum(rows * columns for rows, columns in source.linear_shapes().values())
+        found.extend(graph_bytes(it.model, source.spec))
+    weights = sum(rows * columns for rows, columns in source.linear_shapes().values())  # float32, of one block in four
     assert kept[0] >= weights > 0.2 * weights > coded[0]  # the rounded weights, or none of them
     assert 0 < coded[1] < kept[1]  # codes instead of numbers
-    del it
-    gc.collect()
-    assert not [one for one in gc.get_objects() if type(one).__name__ == "_IntegerLinearBackward"]  # nor does one stay
+    assert live_graphs() <= before  # measuring leaves none behind
 
 
 def test_preflight_says_what_a_step_moves(source, monkeypatch):
@@ -188,3 +191,20 @@ def test_preflight_says_what_a_step_moves(source, monkeypatch):
     for pool in (resident, streamed):
         pool.device = GPU
     assert preflight.memory_bytes(context_of(source, streamed)) < preflight.memory_bytes(context_of(source, resident))
+
+
+def test_preflight_says_where_the_streams_of_the_block_wise_engine_are(source, monkeypatch):
+    settings, sizes = method_settings("paper", samples=40, sequence_length=32), {}
+    for memory, free, on_host in (
+        ("auto", 10**15, False),
+        ("auto", 4 * 2 * 40 * 32 * 64 * 4 - 1, True),  # the streams would fill a quarter
+        ("low", 10**15, True),
+        ("resident", 1, False),
+    ):
+        monkeypatch.setattr(calibrating, "free_bytes", lambda _, free=free: free)
+        context = context_of(source, ModelPool(CPU, memory), settings)
+        context.spec.endtoend, context.device = None, GPU
+        line = preflight.memory_line(context)
+        assert line.endswith("activation streams in host memory") == on_host
+        sizes[memory] = preflight.memory_bytes(context)
+    assert sizes["resident"] - sizes["low"] == calibrating.stream_bytes(context) == 2 * 40 * 32 * 64 * 4

@@ -96,3 +96,18 @@ def test_settings_are_given_as_text():
 def test_what_does_not_fit_is_told(arguments, message):
     with pytest.raises(ConfigError, match=message):
         method_spec(**arguments)
+
+
+def test_the_fast_schedule_takes_fewer_larger_steps():
+    own, fast = (method_spec("paper", schedule=name).settings for name in ("parity", "fast"))
+    assert own == method_spec("paper").settings and own.batch_size == 1 and own.plateau == 0
+    assert fast.batch_size == 16 and fast.epochs == own.epochs and fast.plateau > 0
+    growth = fast.clip_learning_rate / own.clip_learning_rate
+    assert growth == pytest.approx(fast.transform_learning_rate / own.transform_learning_rate) and growth > 1
+    given = method_spec("paper", schedule="fast", batch_size=8, setting=["plateau=0"]).settings
+    assert given.batch_size == 8 and given.plateau == 0
+    assert method_spec("realign", engine="blockwise", schedule="fast").settings.edit_learning_rate == 3e-3
+    with pytest.raises(ConfigError, match="shortens the block-wise engine"):
+        method_spec("realign", schedule="fast")
+    with pytest.raises(ConfigError, match="unknown schedule 'slow': use parity, fast"):
+        method_spec("paper", schedule="slow")

@@ -64,11 +64,16 @@ def test_a_streamed_model_reads_its_blocks_once(context, source, encoder, monkey
 
 @pytest.mark.parametrize(
     ("engine", "memory", "streams"),
-    [("blockwise", "auto", True), ("blockwise", "resident", False), ("endtoend", "auto", False)],
+    [
+        ("blockwise", "auto", True),
+        ("blockwise", "low", True),
+        ("blockwise", "resident", False),
+        ("endtoend", "auto", False),
+    ],
 )
 def test_who_holds_one_block_reads_the_probe_s_model_block_by_block(context, source, engine, memory, streams):
-    context.settings, context.options = SimpleNamespace(engine=engine), SimpleNamespace(memory=memory)
+    context.settings = SimpleNamespace(engine=engine)
     context.pool = ModelPool(torch.device("cpu"), memory)
     pool = probing._pool(context)
     assert is_streamed(pool.full_precision("aligned", source), source.spec) == streams
-    assert (pool is context.pool) == (not streams)
+    assert (pool is context.pool) == pool.pin == (not streams)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -25,10 +27,15 @@ def test_a_room_holds_the_largest_of_all_batches():
     samples = it.samples  # six malicious ones, then six benign ones, of 10 to 15 tokens and 4 positions each
     assert it.room([samples[:1], samples[4:8]]) == Room(length=16, positions={"malicious": 8, "benign": 8})
     assert it.room([samples[7:9]]) == Room(length=16, positions={"benign": 8})
+    long = dataclasses.replace(samples[0], input_ids=torch.arange(3, 103))
+    assert it.room([[long, *samples[1:4]]], may_pack=True) == Room(length=136, positions={"malicious": 16}, packed=True)
+    assert not it.room([[long, long]], may_pack=True).packed and not it.room([[long, *samples[1:4]]]).packed
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("chosen", [[0, 1, 6, 7], [2, 8], [3, 4], [9]], ids=["both", "pair", "malicious", "benign"])
-def test_losses_and_gradients_are_those_of_a_batch_as_it_comes(chosen):
+def test_losses_and_gradients_are_those_of_a_batch_as_it_comes(chosen, packed, monkeypatch):
+    monkeypatch.setattr("qrealign.calibrate.objectives.PACKED_SHARE", 9.0 if packed else 0.0)
     it = objective()
     model, trainable = student()
     for name, value in trainable.named.items():
@@ -40,6 +47,7 @@ def test_losses_and_gradients_are_those_of_a_batch_as_it_comes(chosen):
     sum(expected.values()).backward()
     wanted = {name: value.grad.clone() for name, value in trainable.named.items()}
     recorded = RecordedPass(model, trainable, it, [it.samples])
+    assert recorded.room.packed == packed
     for _ in range(2):  # gradients of the pass before are forgotten
         found = recorded(samples, counts)
     for name, value in found.items():
@@ -56,6 +64,10 @@ def test_the_mask_made_once_is_the_models_own(model_type):
     torch.testing.assert_close(final_hidden(model, ids), expected, atol=1e-5, rtol=1e-4)
     if (mask := causal_mask(model, 9)) is not None:
         torch.testing.assert_close(final_hidden(model, ids, mask), expected, atol=1e-5, rtol=1e-4)
+        sequence = torch.arange(2).repeat_interleave(9)
+        among = causal_mask(model, 18) & (sequence[:, None] == sequence)
+        packed = final_hidden(model, ids.reshape(1, 18), among, torch.arange(9).repeat(2)[None])
+        torch.testing.assert_close(packed.reshape(expected.shape), expected, atol=1e-5, rtol=1e-4)
     assert (mask is None) == (model_type in ("mistral", "gemma2", "gemma3_text"))
 
 

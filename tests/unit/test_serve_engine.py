@@ -182,6 +182,18 @@ def test_a_step_that_fails_costs_its_jobs_and_nothing_else(desk, runner):
     assert desk.engine.refusal is None
 
 
+def test_a_copy_that_fails_is_no_end_of_the_engine(desk, runner, monkeypatch):
+    def lost(*_):
+        raise RuntimeError("the device is lost")
+
+    jobs = [desk.job(prompt(4), max_tokens=length) for length in (3, 50)]
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.cache, "copy_row", lost)
+        desk.engine.submit([job for job, _ in jobs])
+        assert {read_all(pieces)[-1].failure for _, pieces in jobs} == {Failure.BROKEN}
+    assert desk.ask((prompt(4), {"max_tokens": 5}))[0][-1].finish == "length" and is_idle(desk)
+
+
 def test_a_device_that_keeps_failing_is_given_up(desk, runner):
     runner.failing = 99
     for _ in range(3):

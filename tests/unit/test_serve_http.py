@@ -350,6 +350,14 @@ def test_a_template_that_refuses_a_conversation_is_told():
         assert response.status_code == 400 and "one turn only" in response.json()["error"]["message"]
 
 
+def test_a_tokenizer_that_knows_more_than_the_model_cannot_break_it():
+    served = served_model()
+    served.encoder.tokenizer.add_special_tokens({"additional_special_tokens": [f"<x{i}>" for i in range(20)]})
+    with serving(served) as running:
+        response = post(running, {"model": "tiny", "prompt": "a <x19>"}, "/v1/completions")
+        assert response.status_code == 400 and "vocabulary" in response.json()["error"]["message"]
+
+
 def test_a_crash_of_a_handler_is_an_answer_too(running):
     encoder = running.server.served.encoder
     encode, encoder.encode_conversation = encoder.encode_conversation, None

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qrealign.errors import DeviceError, UnsupportedArchitectureError
+from qrealign.serve.graphs import powers_of_two
 from qrealign.serve.runner import Runner, cache_bytes_per_token, fitting_slots
 from qrealign.serve.slots import MaskMaker
 from tests.helpers import MODEL_TYPES, VOCAB, tiny_config, tiny_model
@@ -139,12 +140,18 @@ def test_memory_that_runs_out_at_the_check_is_told():
         runner.check()
 
 
+@pytest.mark.parametrize(("most", "rows"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
+def test_graphs_are_recorded_for_few_numbers_of_rows(most, rows):
+    assert powers_of_two(most) == rows
+
+
 @pytest.mark.gpu
 def test_replayed_graphs_continue_as_alone():
     model = tiny_model().cuda()
     runner = Runner(model, slots=3, max_length=60)
     prompts = prompts_of(3, 21, 34)
     runner.check()
+    runner.warm_up()
     tokens = runner.prefill([0, 1, 2], prompts, [0, 0, 0]).argmax(-1).tolist()
     answers = decode_together(runner, tokens, [len(prompt) for prompt in prompts])
     model.cpu()

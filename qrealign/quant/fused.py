@@ -1,0 +1,132 @@
+"""Norms and gated MLPs that hand the linears behind them quantized inputs, in one pass, while a block is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qrealign.arch import BlockSpec
+from qrealign.quant.coded import coded_input
+from qrealign.quant.fake_quant import FakeQuantLinear, fake_quant_linears
+from qrealign_kernels import (
+    QuantizedActivations,
+    rms_norm_fake_quant,
+    rms_norm_quantize,
+    silu_mul_fake_quant,
+    silu_mul_quantize,
+)
+
+_TRIAL_TOKENS = 2
+
+
+@contextmanager
+def fused_inputs(block: nn.Module, spec: BlockSpec) -> Iterator[list[str]]:
+    """Let every norm and gate of `block` that is known to feed quantized linears alone quantize its output itself.
+
+    Those are norms that a fold site names, where the op computes what their class does, and MLPs made of three linears
+    and a SiLU. Yields their names; at the end they compute as before. What the block computes changes by no more than
+    the order of a sum.
+    """
+    forwards = {**_norms(block, spec), **_gates(block)}
+    for name, forward in forwards.items():
+        block.get_submodule(name).forward = forward
+    try:
+        yield [*forwards]
+    finally:
+        for name in forwards:
+            del block.get_submodule(name).forward
+
+
+def _bits(layer: nn.Module) -> int | None:
+    """Return the bits that a linear's input is rounded to, None where it is not."""
+    if not isinstance(layer, FakeQuantLinear) or layer.scheme.activations is None or not layer.quantize:
+        return None
+    return layer.scheme.activations.num_bits
+
+
+def _norms(block: nn.Module, spec: BlockSpec) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return the new forwards of norms, by name."""
+    forwards: dict[str, Callable[[Tensor], Tensor]] = {}
+    present = dict(block.named_modules())
+    for site in spec.sites:
+        norm = present.get(site.producer)
+        if not site.name.startswith("norm") or norm is None or site.consumers[0] not in present:
+            continue
+        reader = block.get_submodule(site.consumers[0])
+        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        if (bits := _bits(reader)) is None or not isinstance(eps, float) or not _is_rms_norm(norm, eps, spec):
+            continue
+        assert isinstance(reader, FakeQuantLinear)
+        forwards[site.producer] = _norm_forward(norm, eps, spec.norm_weight_offset, bits, reader)
+    return forwards
+
+
+def _norm_forward(
+    norm: nn.Module, eps: float, offset: int, bits: int, reader: FakeQuantLinear
+) -> Callable[[Tensor], Tensor]:
+    """Return a norm's forward that quantizes what `reader`, and whoever shares its inputs, will read."""
+
+    options = {"offset": float(offset), "num_bits": bits}
+
+    def fake(x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm_fake_quant(x, weight, eps, **options)  # type: ignore[arg-type]
+
+    def quantize(x: Tensor, weight: Tensor) -> QuantizedActivations:
+        return rms_norm_quantize(x, weight, eps, **options)  # type: ignore[arg-type]
+
+    def forward(x: Tensor) -> Tensor:
+        weight: Tensor = norm.weight  # type: ignore[assignment]
+        if reader.is_coded():
+            return coded_input(quantize, fake, (x, weight), bits, reader.inputs)
+        return reader.inputs.provide(fake(x, weight), bits)
+
+    return forward
+
+
+@torch.no_grad()
+def _is_rms_norm(norm: nn.Module, eps: float, spec: BlockSpec) -> bool:
+    """Whether a module computes an RMS norm as the op does, found out by a trial."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor) or getattr(norm, "bias", None) is not None:
+        return False
+    x = torch.linspace(-2, 3, _TRIAL_TOKENS * weight.numel(), device=weight.device).reshape(_TRIAL_TOKENS, -1)
+    wide = weight.float() + spec.norm_weight_offset
+    expected = F.rms_norm(x, weight.shape, wide, eps)
+    return torch.allclose(norm(x).float(), expected, rtol=2e-2, atol=1e-2)
+
+
+def _gates(block: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return the new forwards of gated MLPs, by name."""
+    forwards = {}
+    for name, layer in fake_quant_linears(block).items():
+        parent, _, leaf = name.rpartition(".")
+        if leaf != "down_proj" or (bits := _bits(layer)) is None:
+            continue
+        mlp = block.get_submodule(parent)
+        parts = dict(mlp.named_children())
+        if parts.keys() == {"gate_proj", "up_proj", "down_proj", "act_fn"} and _is_silu(parts["act_fn"]):
+            forwards[parent] = _gate_forward(parts, bits, layer)
+    return forwards
+
+
+def _is_silu(activation: nn.Module) -> bool:
+    return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
+
+
+def _gate_forward(parts: dict[str, nn.Module], bits: int, down: FakeQuantLinear) -> Callable[[Tensor], Tensor]:
+    """Return a gated MLP's forward that quantizes the gated values for its last linear."""
+
+    fake, quantize = partial(silu_mul_fake_quant, num_bits=bits), partial(silu_mul_quantize, num_bits=bits)
+
+    def forward(x: Tensor) -> Tensor:
+        gate, up = parts["gate_proj"](x), parts["up_proj"](x)
+        if down.is_coded():
+            return down(coded_input(quantize, fake, (gate, up), bits, down.inputs))
+        return down(down.inputs.provide(fake(gate, up), bits))
+
+    return forward

@@ -1,0 +1,84 @@
+"""Norms and gates that quantize their own output compute what the block computed, forward and backward."""
+
+import pytest
+import torch
+
+from qrealign.arch import block_spec
+from qrealign.config import parse_scheme
+from qrealign.data.capture import capture_block_inputs, run_block
+from qrealign.quant.fake_quant import FakeQuantLinear, swap_linears
+from qrealign.quant.fused import fused_inputs
+from qrealign.quant.transform import EquivalentTransform
+from tests.helpers import random_batch, tiny_model
+
+GATED = {"input_layernorm", "post_attention_layernorm", "mlp"}
+EXPECTED = {
+    "llama": GATED,
+    "qwen2": GATED,
+    "mistral": GATED,
+    "gemma2": {"input_layernorm", "pre_feedforward_layernorm"},  # gated by a GELU
+    "phi3": {"input_layernorm", "post_attention_layernorm"},  # gate and up are one linear
+    "opt": set(),  # layer norms, no gate
+}
+
+
+def learning_block(model_type):
+    """Return a quantized block with a transform, its inputs and the transform's parameters."""
+    model = tiny_model(model_type, seed=2)
+    ids, mask = random_batch(150, batch=2, length=9)
+    hidden, kwargs = capture_block_inputs(model, ids, mask)
+    spec = block_spec(model.config, model)
+    block = spec.blocks_of(model)[0]
+    swap_linears(block, parse_scheme("w8a8"), scale_dtype=torch.float32)
+    transform = EquivalentTransform(block, spec)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for value in transform.parameters():
+            value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+    return block, spec, hidden, kwargs[0], transform
+
+
+def output_and_gradients(block, hidden, kwargs, transform):
+    transform.refresh()
+    output = run_block(block, hidden, kwargs)
+    (output * torch.linspace(-1, 1, output.numel()).reshape(output.shape)).sum().backward()
+    gradients = {name: value.grad.clone() for name, value in transform.named_parameters()}
+    transform.zero_grad()
+    return output.detach(), gradients
+
+
+@pytest.mark.parametrize("model_type", list(EXPECTED))
+def test_fused_blocks_compute_what_they_computed(model_type):
+    block, spec, hidden, kwargs, transform = learning_block(model_type)
+    expected, wanted = output_and_gradients(block, hidden, kwargs, transform)
+    transform.detach()
+    with fused_inputs(block, spec) as names:
+        assert set(names) == EXPECTED[model_type]
+        found, gradients = output_and_gradients(block, hidden, kwargs, transform)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-3 * float(wanted[name].abs().max()))
+    assert not any("forward" in vars(module) for module in block.modules())
+
+
+def test_inputs_are_quantized_once(monkeypatch):
+    block, spec, hidden, kwargs, transform = learning_block("llama")
+    calls = []
+    module = "qrealign.quant.coded.fake_quant_per_token"
+    monkeypatch.setattr(module, lambda x, num_bits: calls.append(x.shape[-1]) or x)
+    output_and_gradients(block, hidden, kwargs, transform)
+    assert calls == [64, 64, 64, 96]  # for q, k and v; for o; for gate and up; for down
+    calls.clear()
+    transform.detach()
+    with fused_inputs(block, spec):
+        output_and_gradients(block, hidden, kwargs, transform)
+    assert calls == [64]  # for o
+
+
+def test_linears_without_rounded_inputs_are_left_alone():
+    block, spec, *_ = learning_block("llama")
+    for layer in block.modules():
+        if isinstance(layer, FakeQuantLinear):
+            layer.scheme = parse_scheme("w4a16_g32")
+    with fused_inputs(block, spec) as names:
+        assert names == []
