@@ -53,6 +53,20 @@ def _slightly_edited(name: str, keys: tuple[str, ...]) -> Case:
     )
 
 
+def _in_steps(name: str, keys: tuple[str, ...]) -> Case:
+    """Return the case of rounding a bfloat16 weight whose rows fill no tile."""
+    flags = {"HAS_EDIT": False, "CODES": False, "ONE_STEP": False, "KEEP_EXTREMES": True, "FULL": True}
+    return Case(
+        name=name,
+        kernel=weights._fake_quant_edited_steps_fwd_kernel,
+        table="fake_quant_edited_steps_fwd",
+        types={"weight_ptr": "*bf16", "out_ptr": "*bf16"},
+        constants={**_GRID, **_LEARNED, **flags, "BLOCK_RANK": 16},
+        aligned=("N", "K", "C"),
+        keys=keys,
+    )
+
+
 def _edited(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Case:
     """Return the case of encoding a bfloat16 weight with an edit."""
     nothing_else = {"HAS_LOW": False, "HAS_HIGH": False, "HAS_COLUMN": False, "HAS_ROW": False}
@@ -61,7 +75,10 @@ def _edited(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Case:
         kernel=weights._fake_quant_edited_steps_fwd_kernel,
         table="fake_quant_edited_steps_fwd",
         types={"weight_ptr": "*bf16"} | _CODED,
-        constants=_ASYMMETRIC | nothing_else | {"HAS_EDIT": True, "CODES": True, "ONE_STEP": False},
+        constants=_ASYMMETRIC
+        | nothing_else
+        | {"HAS_EDIT": True, "CODES": True, "ONE_STEP": False}
+        | {"KEEP_EXTREMES": False, "FULL": False},
         from_key=weights.edited_tile_rank,
         aligned=("N", "K", "C"),
         keys=keys,
@@ -120,6 +137,7 @@ CASES = (
     _slightly_edited("weight with an edit of rank 2, codes", ("4096", "8192", "16384")),
     _edited("weight with an edit, codes", ("16", "32", "64")),
     _edited("weight with an edit of a rank over 64, codes", ("default",), hot=False),
+    _in_steps("weight, rounded in steps", ("rows",)),
     _gradients("weight, gradients", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _SHORT),
     Case(
         name="weight, gradients of logits",

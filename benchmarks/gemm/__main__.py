@@ -76,7 +76,7 @@ def compile_tuners(peers: Sequence[str], rows: Sequence[int], seconds: float, de
 def measure_all(
     peers: Sequence[str], rows: Sequence[int] | None, seconds: float, devices: int
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of one peer after the other, those that tune themselves last.
+    """Yield the rows of one peer after the other.
 
     With several GPUs, as many peers are timed at once, and the last GPU first serves the compilations.
     """
@@ -103,7 +103,7 @@ def measure_all(
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(devices + 1) as pool:
         compiling = pool.submit(compile_first)
-        yield from pool.map(measure, sorted(peers, key=lambda peer: peer in tuning))
+        yield from pool.map(measure, peers)
 
 
 def record(rows: list[dict[str, Any]], output: Path) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from benchmarks.serving.load import measure_level
 from benchmarks.serving.results import DOCUMENT, RESULTS, describe_storm, publish, read_rows, row_of, store
 from benchmarks.serving.storm import run_storm
+from benchmarks.summary import provenance
 from qrealign.errors import QrealignError
 
 _ADDRESS = re.compile(r"at (http://[^\s/]+)/")
@@ -68,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 async def _measure(url: str, options: argparse.Namespace) -> None:
     """Run the levels and the storm."""
+    stamp = provenance()  # before the first row is written: from then on the tree is another
     await measure_level(url, streams=2, requests=2, prompt_tokens=options.prompt_tokens, tokens=4, seed=1)  # warm-up
     for streams in options.streams:
         level = await measure_level(
@@ -77,7 +79,7 @@ async def _measure(url: str, options: argparse.Namespace) -> None:
             prompt_tokens=options.prompt_tokens,
             tokens=options.tokens,
         )
-        store(options.results, await row_of(url, options.label, level))
+        store(options.results, await row_of(url, options.label, level, stamp))
         print(
             f"{streams} streams: {level.tokens_per_s:.1f} tokens/s, first {level.first_p50_ms:.0f} ms, "
             f"next {level.token_p50_ms:.1f} ms",

@@ -12,7 +12,6 @@ from benchmarks.docs import markdown_table, put_table
 from benchmarks.serving.client import fetch_json
 from benchmarks.serving.load import Level
 from benchmarks.serving.storm import Storm
-from benchmarks.summary import provenance
 from qrealign.files import write_text
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -22,10 +21,10 @@ _KEY = ("label", "device", "streams", "prompt_tokens", "tokens")
 _MIB = 2**20
 
 
-async def row_of(url: str, label: str | None, level: Level) -> dict[str, str]:
-    """Return a row: the level, the model it was measured with, and where and when."""
+async def row_of(url: str, label: str | None, level: Level, stamp: dict[str, str]) -> dict[str, str]:
+    """Return a row: the level, the model it was measured with, and where and when by `summary.provenance`."""
     model = (await fetch_json(url, "/v1/models"))["data"][0]
-    values: dict[str, Any] = {"label": label or model["id"], "scheme": model["scheme"], **asdict(level), **provenance()}
+    values: dict[str, Any] = {"label": label or model["id"], "scheme": model["scheme"], **asdict(level), **stamp}
     return {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in values.items()}
 
 

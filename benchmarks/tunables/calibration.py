@@ -28,7 +28,7 @@ WEIGHTS = {
     "32768": (8192, 28672, 0),
 }
 BOUNDS = {"rows": (11008, 4096, 0), "groups": (4096, 4096, 128)}
-EDITED = {"16": (4096, 4096, 8), "32": (4096, 4096, 32), "64": (4096, 4096, 64)}
+EDITED = {"rows": (4096, 11008, 0), "16": (4096, 4096, 8), "32": (4096, 4096, 32), "64": (4096, 4096, 64)}
 TOKENS = {
     "4096": (2048, 4096),
     "8192": (2048, 8192),
@@ -86,6 +86,11 @@ def bound_candidates(key: str) -> list[Choice]:
 
 def edited_candidates(key: str) -> list[Choice]:
     """Return tiles of a few rows and a part of their columns."""
+    if key == "rows":
+        return grid(
+            {"BLOCK_N": (1, 2, 4, 8), "BLOCK_C": (256, 512, 1024), "AHEAD": (1, 3), "num_warps": (1, 2, 4, 8)},
+            lambda choice: 8 <= choice["BLOCK_N"] * choice["BLOCK_C"] / (32 * choice["num_warps"]) <= 16,
+        )
     return grid(
         {"BLOCK_N": (16, 32, 64), "BLOCK_C": (64, 128, 256), "AHEAD": (1, 2, 3), "num_warps": (4, 8)},
         lambda choice: 1024 <= choice["BLOCK_N"] * choice["BLOCK_C"] <= 8192,
@@ -195,7 +200,13 @@ def product_calls(tokens: int, rows: int, columns: int, group_size: int) -> Call
 
 
 def edited_calls(rows: int, columns: int, rank: int) -> Calls:
-    """Return calls that encode a bfloat16 weight with an edit."""
+    """Return calls that encode a bfloat16 weight with an edit; with rank 0, that round one with learned bounds."""
+    if rank == 0:
+        arguments = learned(rows, columns, 0) | {"column_scale": None, "row_divisor": None}
+        return [
+            partial(kernels.fake_quant_weight, _randn(rows, columns) * 0.02, **arguments, out_dtype=torch.bfloat16)
+            for _ in range(rotations(4 * rows * columns))
+        ]
     left, right = _randn(rows, rank, dtype=torch.float32) * 0.01, _randn(rank, columns, dtype=torch.float32) * 0.02
     return [
         partial(kernels.encode_weight, _randn(rows, columns) * 0.02, num_bits=8, left=left, right=right)

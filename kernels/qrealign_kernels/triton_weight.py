@@ -1,9 +1,10 @@
 """Triton kernels that transform, edit and round a weight in one pass.
 
 A program owns whole scale groups of a few rows. Where a group fits a tile, its weights are read once, stay in
-registers, and whatever the backward needs of the grid is computed again: the forward keeps nothing. Only an edit takes
-a second path, in steps along the columns, because its product `left @ right` pays off for tiles of many rows, which
-registers cannot hold in full width; the second reading of a row then mostly meets the L2 cache.
+registers, and of what the backward needs the forward keeps the extremes alone. Two cases take a second path, in steps
+along the columns, whose second reading of a row mostly meets a cache: an edit of more than a small rank, because its
+product `left @ right` pays off for tiles of many rows, which registers cannot hold in full width; and long rows that
+would leave much of their tile idle.
 """
 
 from __future__ import annotations
@@ -179,11 +180,12 @@ def _fake_quant_edited_fwd_kernel(
 def _edited_tile(
     weight_ptr, column_scale_ptr, row_divisor_ptr, right_ptr, b_left, n, m_n, o_k, m_k, K, RANK,
     HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr, HAS_EDIT: tl.constexpr, BLOCK_RANK: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
     """Return the transformed and edited weight of a tile."""
     mask = m_n[:, None] & m_k[None, :]
-    b_w = load_tile(weight_ptr + n[:, None] * K + o_k[None, :], mask, False)
-    b_w = transformed_tile(b_w, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, False)
+    b_w = load_tile(weight_ptr + n[:, None] * K + o_k[None, :], mask, FULL)
+    b_w = transformed_tile(b_w, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL)
     if HAS_EDIT:
         ranks = tl.arange(0, BLOCK_RANK)
         m_rk = (ranks < RANK)[:, None] & m_k[None, :]
@@ -196,11 +198,12 @@ def _edited_tile(
 @triton.jit
 def _fake_quant_edited_steps_fwd_kernel(
     weight_ptr, low_ptr, high_ptr, column_scale_ptr, row_divisor_ptr, left_ptr, right_ptr, out_ptr,
-    scale_ptr, zero_point_ptr, N, K, C, G, RANK,
+    scale_ptr, zero_point_ptr, extremes_ptr, N, K, C, G, RANK,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
     HAS_EDIT: tl.constexpr, CODES: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr,
     SCALE_KIND: tl.constexpr, MIN_SCALE: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr, ONE_STEP: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_C: tl.constexpr, KEEP_EXTREMES: tl.constexpr, FULL: tl.constexpr, ONE_STEP: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(0)
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -219,13 +222,13 @@ def _fake_quant_edited_steps_fwd_kernel(
         o_k = g * C + cols
         b_w = _edited_tile(
             weight_ptr, column_scale_ptr, row_divisor_ptr, right_ptr, b_left, n, m_n, o_k, m_k, K, RANK,
-            HAS_COLUMN, HAS_ROW, HAS_EDIT, BLOCK_RANK,
+            HAS_COLUMN, HAS_ROW, HAS_EDIT, BLOCK_RANK, FULL,
         )  # fmt: skip
         minimum, maximum = row_extremes(b_w)
         _store_rounded(
             out_ptr + n[:, None] * K + o_k[None, :], scale_ptr, zero_point_ptr, m_n[:, None] & m_k[None, :], b_w,
             tl.minimum(minimum, 0.0), tl.maximum(maximum, 0.0), low_share, high_share, group, m_n, CODES, QMIN, QMAX,
-            SYMMETRIC, SCALE_KIND, MIN_SCALE, False,
+            SYMMETRIC, SCALE_KIND, MIN_SCALE, FULL,
         )  # fmt: skip
     else:
         # Extremes are tiles and are reduced once, behind the loop: fewer exchanges between threads, and Triton 3.6
@@ -236,23 +239,26 @@ def _fake_quant_edited_steps_fwd_kernel(
             m_k = start + cols < C
             b_w = _edited_tile(
                 weight_ptr, column_scale_ptr, row_divisor_ptr, right_ptr, b_left, n, m_n, g * C + start + cols, m_k, K,
-                RANK, HAS_COLUMN, HAS_ROW, HAS_EDIT, BLOCK_RANK,
+                RANK, HAS_COLUMN, HAS_ROW, HAS_EDIT, BLOCK_RANK, FULL,
             )  # fmt: skip
             b_min = tl.minimum(b_min, b_w)
             b_max = tl.maximum(b_max, b_w)
         minimum = tl.min(b_min, axis=1)
         maximum = tl.max(b_max, axis=1)
+        if KEEP_EXTREMES:
+            tl.store(extremes_ptr + group, minimum, mask=m_n)
+            tl.store(extremes_ptr + N * G + group, maximum, mask=m_n)
         for start in tl.range(0, C, BLOCK_C, num_stages=AHEAD):
             m_k = start + cols < C
             o_k = g * C + start + cols
             b_w = _edited_tile(
                 weight_ptr, column_scale_ptr, row_divisor_ptr, right_ptr, b_left, n, m_n, o_k, m_k, K, RANK,
-                HAS_COLUMN, HAS_ROW, HAS_EDIT, BLOCK_RANK,
+                HAS_COLUMN, HAS_ROW, HAS_EDIT, BLOCK_RANK, FULL,
             )  # fmt: skip
             _store_rounded(
                 out_ptr + n[:, None] * K + o_k[None, :], scale_ptr, zero_point_ptr, m_n[:, None] & m_k[None, :], b_w,
                 minimum, maximum, low_share, high_share, group, m_n, CODES, QMIN, QMAX, SYMMETRIC, SCALE_KIND,
-                MIN_SCALE, False,
+                MIN_SCALE, FULL,
             )  # fmt: skip
 
 
@@ -369,7 +375,8 @@ def _launch_forward(
     groups = columns // width
     with on_device_of(weight):
         rank = 0 if left is None else left.shape[1]
-        if rank <= SMALL_RANK and width <= LARGEST_WIDTH:
+        in_steps = rank == 0 and is_ragged(width)
+        if rank <= SMALL_RANK and width <= LARGEST_WIDTH and not in_steps:
             tile = row_tile("fake_quant_edited_fwd", width, weight.device)
             full = is_full(rows, width, tile)
             grid = (groups, triton.cdiv(rows, tile["BLOCK_N"]))
@@ -388,19 +395,21 @@ def _launch_forward(
                 **tile,
             )
             return
-        rank = max(1, rank)
         tile = _edited_tile_launch(rank, width, weight.device)
         _fake_quant_edited_steps_fwd_kernel[(groups, triton.cdiv(rows, tile["BLOCK_N"]))](
             *inputs,
             weight if left is None else left,
             weight if right is None else right,
             *outputs,
+            out if extremes is None else extremes,
             rows,
             columns,
             width,
             groups,
-            rank,
+            max(1, rank),
             HAS_EDIT=left is not None,
+            KEEP_EXTREMES=extremes is not None,
+            FULL=width % tile["BLOCK_C"] == 0 and rows % tile["BLOCK_N"] == 0,
             ONE_STEP=width <= tile["BLOCK_C"],
             **constants,
             **tile,
@@ -430,8 +439,13 @@ def row_tile(kernel: str, width: int, device: torch.device) -> launches.Choice:
     return launches.choice(kernel, width_key(block), device) | {"BLOCK_C": block}
 
 
+def is_ragged(width: int) -> bool:
+    """Tell whether a long row fills its tile so badly that reading it twice, in steps, is the faster way."""
+    return width > 4096 and 4 * tile_width(width) > 5 * width
+
+
 def _edited_tile_launch(rank: int, width: int, device: torch.device) -> launches.Choice:
-    """Return the launch of the kernel that adds an edit, whose tiles are no wider than a group."""
-    padded = max(16, tile_width(rank))  # no less than tensor cores multiply
-    tile = launches.choice("fake_quant_edited_steps_fwd", str(padded), device)
+    """Return the launch of the kernel that walks rows in steps, whose tiles are no wider than a group."""
+    padded = max(16, tile_width(max(1, rank)))  # no less than tensor cores multiply
+    tile = launches.choice("fake_quant_edited_steps_fwd", str(padded) if rank else "rows", device)
     return tile | {"BLOCK_RANK": padded, "BLOCK_C": max(16, min(tile_width(width), tile["BLOCK_C"]))}

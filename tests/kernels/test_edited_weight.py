@@ -134,6 +134,28 @@ def test_groups_wider_than_a_tile_equal_the_definition(each_backend: str, monkey
     assert_gradients_agree(fake, expected, list(tensors.values()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_that_fill_no_tile_equal_the_definition(
+    each_backend: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    if each_backend == "triton":
+        from qrealign_kernels import triton_weight
+
+        monkeypatch.setattr(triton_weight, "is_ragged", lambda width: True)
+    tensors = make_case(5, 600, None, NAMES[1:5])
+    fake = kernels.fake_quant_weight(**tensors, num_bits=4, symmetric=False, out_dtype=dtype)
+    expected = definition(
+        definitions.fake_quant_edited_weight_ref, tensors, num_bits=4, symmetric=False, out_dtype=dtype
+    )
+    assert torch.equal(fake, expected)
+    assert_gradients_agree(fake, expected, list(tensors.values()))
+
+
+def test_only_long_rows_that_waste_a_fifth_of_a_tile_are_walked_in_steps() -> None:
+    triton_weight = pytest.importorskip("qrealign_kernels.triton_weight")
+    assert [width for width in (33, 3584, 4096, 11008, 14336, 28672) if triton_weight.is_ragged(width)] == [11008]
+
+
 def test_gradients_and_codes_are_deterministic(each_backend: str) -> None:
     tensors = make_case(40, 130, None, NAMES[1:])
     grad = torch.randn(40, 130)
