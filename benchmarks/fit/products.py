@@ -20,7 +20,13 @@ _GROUPS: dict[str, object] = {"GROUP": 128, "HAS_ZERO": True}
 
 
 def _product(
-    table: str, kernel: triton.JITFunction, types: Mapping[str, str], constants: Mapping[str, object], note: str = ""
+    table: str,
+    kernel: triton.JITFunction,
+    types: Mapping[str, str],
+    constants: Mapping[str, object],
+    note: str = "",
+    keys: tuple[str, ...] | None = None,
+    hot: bool = True,
 ) -> Case:
     return Case(
         name=f"{table}{note}",
@@ -30,6 +36,8 @@ def _product(
         types=types,
         constants=constants,
         aligned=tuple(name for name in ("N", "K", "KP", "stride_wn") if name not in constants),
+        keys=keys,
+        hot=hot,
         fp_fusion=True,
     )
 
@@ -55,7 +63,16 @@ CASES = (
         "int4_few",
         triton_few._int4_few_fwd_kernel,
         _FLOATS,
+        _FLAGS | _GROUPS | {"HAS_ZERO": False, "INTEGER": False},
+        keys=("default", "m2-wide", "m4-wide", "m8-wide", "m32"),
+    ),
+    _product(
+        "int4_few",
+        triton_few._int4_few_fwd_kernel,
+        _FLOATS,
         _FLAGS | _GROUPS | {"INTEGER": False},
+        ", zero points or more tokens",
+        hot=False,
     ),
     _product(
         "int4_int_few",

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import summary
 from benchmarks.docs import put_table, split_document
-from benchmarks.gemm.figures import figures, table, to_csv
+from benchmarks.gemm.figures import figures, from_csv, table, to_csv
 from benchmarks.gemm.measure import SHAPES
 from benchmarks.gemm.peers import BASELINE, PEERS, ROWS, TUNING
 from qrealign.files import write_text
@@ -76,7 +76,7 @@ def compile_tuners(peers: Sequence[str], rows: Sequence[int], seconds: float, de
 def measure_all(
     peers: Sequence[str], rows: Sequence[int] | None, seconds: float, devices: int
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of one peer after the other, those that tune themselves last.
+    """Yield the rows of one peer after the other.
 
     With several GPUs, as many peers are timed at once, and the last GPU first serves the compilations.
     """
@@ -103,15 +103,20 @@ def measure_all(
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(devices + 1) as pool:
         compiling = pool.submit(compile_first)
-        yield from pool.map(measure, sorted(peers, key=lambda peer: peer in tuning))
+        yield from pool.map(measure, peers)
 
 
-def report(rows: list[dict[str, Any]], output: Path, docs: Path | None) -> None:
-    """Write the rows so far, the figures that they give, and the table."""
+def record(rows: list[dict[str, Any]], output: Path) -> None:
+    """Write the rows so far, and the figures that they give."""
     rows.sort(key=lambda row: list(PEERS).index(row["peer"]))
     write_text(output / "gemm.csv", to_csv(rows))
     for section, values in figures(rows).items():
         summary.record(section, values, path=output / summary.SUMMARY.name)
+
+
+def report(rows: list[dict[str, Any]], docs: Path | None) -> None:
+    """Show the table, and put it into the document."""
+    print(table(rows))
     if docs is not None:
         put_table(docs, DOCS_NAME, table(rows))
 
@@ -123,10 +128,14 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="limit for one peer (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of gemm.csv and summary.json")
     parser.add_argument("--docs", type=Path, help="document that holds the table, such as docs/products.md")
+    parser.add_argument("--only-report", action="store_true", help="time nothing: render what gemm.csv holds")
     parser.add_argument("--skip-tests", action="store_true", help="the tests have just passed on this GPU")
     args = parser.parse_args()
     if args.docs is not None:
         split_document(args.docs, DOCS_NAME)  # before hours of measuring
+    if args.only_report:
+        report(from_csv((args.output / "gemm.csv").read_text(encoding="utf-8")), args.docs)
+        return 0
     if not args.skip_tests:
         require_green_tests()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -134,8 +143,8 @@ def main() -> int:
     stamp, rows = summary.provenance(), []
     for found in measure_all(peers, args.rows, args.seconds, torch.cuda.device_count()):
         rows += [row | stamp for row in found]
-        report(rows, args.output, args.docs)
-    print(table(rows))
+        record(rows, args.output)
+    report(rows, args.docs)
     for section, values in figures(rows).items():
         print(section, values)
     return 0

@@ -61,6 +61,11 @@ def to_csv(rows: Iterable[Row]) -> str:
     return text.getvalue()
 
 
+def from_csv(text: str) -> list[dict[str, Any]]:
+    """Return the rows that `to_csv` wrote, without empty fields."""
+    return [{name: value for name, value in row.items() if value} for row in csv.DictReader(io.StringIO(text))]
+
+
 def table(rows: Sequence[Row]) -> str:
     """Return a line a shape and number of tokens: microseconds of the baseline, how many times faster the others."""
     found, peers = times(rows), [name for name in PEERS if any(row["peer"] == name for row in rows)]
@@ -73,7 +78,9 @@ def table(rows: Sequence[Row]) -> str:
             body.append([f"{shape[0]} x {shape[1]}", str(tokens), "-" if base is None else f"{base:.1f}", *cells])
     notes = {(row["peer"], row["note"]) for row in rows if row.get("note") and not row.get("us")}
     lines = [f"- {peer}: {note}\n" for peer, note in sorted(notes)]
-    text = markdown_table(["K x N", "M", f"{BASELINE}, µs", *others], body, "l" + "r" * (2 + len(others)))
+    first = next((row for row in rows if row.get("us")), {})
+    where = "{device}, torch {torch}, triton {triton}, commit {commit}, {date}.\n\n".format_map(first) if first else ""
+    text = where + markdown_table(["K x N", "M", f"{BASELINE}, µs", *others], body, "l" + "r" * (2 + len(others)))
     return text + ("\n" + "".join(lines) if lines else "")
 
 

@@ -19,7 +19,7 @@ from benchmarks.gemm.peers import PEERS, ROWS, ROWS_OF, TUNING, Peer
 from benchmarks.timing import eager_seconds, graph_seconds, rotations
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 12288))  # (K, N) of Llama-2-7B: o, gate and up, down, qkv
-SWEEP_S = 0.02  # of calls between two looks at the clock
+SWEEP_S = 0.01  # of calls between two looks at the clock
 
 
 def rows_of(peer: str) -> tuple[int, ...]:

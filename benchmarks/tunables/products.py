@@ -72,8 +72,8 @@ def int8_few_candidates(key: str) -> list[Choice]:
     """Return tiles whose stages fit the shared memory of a GPU for servers."""
     tokens = triton_linear.few_tokens(key)["BLOCK_M"]
     return [
-        {"SPLIT": split, "BLOCK_N": rows, "BLOCK_K": k, "AHEAD": ahead, "num_warps": split, "num_stages": stages}
-        for split, rows, k, ahead, stages in itertools.product((4, 8), (16, 32), (64, 128, 256), (0, 32), (3, 4))
+        {"SPLIT": split, "BLOCK_N": rows, "BLOCK_K": k, "num_warps": split, "num_stages": stages}
+        for split, rows, k, stages in itertools.product((4, 8), (16, 32), (64, 128, 256), (3, 4))
         if split * (rows + tokens) * k * stages <= 2**18
     ]
 

@@ -1,4 +1,4 @@
-"""The layouts of packed weights that the Triton kernels read, and how to get there and back.
+"""The layouts of packed weights that the kernels for GPUs read.
 
 `ROWS8`: int8 codes `[N, KP]`, row by row, KP = K rounded up to 16, with zeros behind K.
 
@@ -21,11 +21,6 @@ BLOCK = 8 * PLANE
 ALIGNMENT = 16  # bytes of the widest load
 
 
-def padded(columns: int, multiple: int) -> int:
-    """Return `columns` rounded up."""
-    return -(-columns // multiple) * multiple
-
-
 def to_rows8(codes: Tensor) -> Tensor:
     """Return int8 codes `[N, K]` in layout `ROWS8`."""
     return pad_columns(codes, ALIGNMENT).contiguous()
@@ -36,13 +31,6 @@ def to_planes4(codes: Tensor) -> Tensor:
     nibbles = (pad_columns(codes, BLOCK) + 8).to(torch.uint8).reshape(len(codes), -1, 2, 4, PLANE)
     by_word = (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).transpose(2, 3)  # [N, blocks, 32 words, 4 bytes]
     return by_word.contiguous().view(torch.int32).reshape(len(codes), -1)
-
-
-def from_planes4(words: Tensor, columns: int) -> Tensor:
-    """Return the codes `[N, columns]` int8 behind layout `PLANES4`."""
-    by_word = words.view(torch.uint8).reshape(len(words), -1, PLANE, 4).transpose(2, 3)
-    nibbles = torch.stack([by_word & 0xF, by_word >> 4], dim=2)  # [N, blocks, 2, 4, 32]
-    return (nibbles.reshape(len(words), -1)[:, :columns].to(torch.int8) - 8).contiguous()
 
 
 def pad_columns(tensor: Tensor, multiple: int) -> Tensor:

@@ -264,10 +264,9 @@ def _(grad: Tensor, w_codes: Tensor, w_scale: Tensor, zero_point: Tensor | None)
 
 
 def _check_weight(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
-    if codes.dtype != torch.int8 or (zero_point is not None and zero_point.dtype != torch.int8):
-        raise TypeError(
-            f"codes and zero points must be int8, got {codes.dtype} and {getattr(zero_point, 'dtype', None)}"
-        )
+    for name, tensor in (("codes", codes), ("zero_point", zero_point)):
+        if tensor is not None and tensor.dtype != torch.int8:
+            raise TypeError(f"{name} must be int8, got {tensor.dtype}")
     if codes.dim() != 2 or codes.numel() == 0 or codes.shape[1] >= MAX_COLUMNS:
         raise ValueError(f"codes must be [N, K], not empty and K below {MAX_COLUMNS}, got {tuple(codes.shape)}")
     if scale.dim() != 2 or scale.shape[0] != codes.shape[0] or not scale.shape[1] or codes.shape[1] % scale.shape[1]:

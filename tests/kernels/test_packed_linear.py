@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qrealign_kernels as kernels
-from qrealign_kernels import launches, reference_linear
+from qrealign_kernels import launches, layouts, reference_linear
 from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
 
 
@@ -67,7 +67,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float)
 @pytest.mark.parametrize("tokens", [1, 3, 17])
 def test_equals_the_definition(each_backend: str, recipe: Recipe, tokens: int) -> None:
     """K is no multiple of a kernel's block of columns, N of none of its tiles."""
-    rows, columns = 35, 384
+    rows, columns = 19, 384
     packed, plain = repack_both(recipe, *random_weight(recipe, rows, columns))
     x, bias = torch.randn(tokens, columns, dtype=torch.float16), torch.randn(rows)
     expected = reference_linear.packed_linear_ref(x, plain, bias, torch.float32)
@@ -147,7 +147,7 @@ def test_routes_for_more_tokens(recipe: Recipe, tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 19])
 def test_calibration_products(group_size: int | None, symmetric: bool, tokens: int) -> None:
     """The forward from int8 codes as `quantize_weight` writes them, and the input gradient."""
-    rows, columns = 35, 384
+    rows, columns = 19, 384
     codes, scale, zero_point = random_weight(Recipe(8, 8, group_size, symmetric), rows, columns)
     x = torch.randint(-128, 128, (tokens, columns), dtype=torch.int8)
     x_scale, bias = torch.rand(tokens, 1), torch.randn(rows)
@@ -193,6 +193,29 @@ def test_operators_are_well_formed() -> None:
         torch.library.opcheck(ops.packed_linear.default, plain)
         torch.library.opcheck(ops.int8_matmul.default, (x, x_scale, codes, scale, zero_point, None, torch.float32))
         torch.library.opcheck(ops.int8_matmul_dx.default, (torch.randn(3, 6), codes, scale, zero_point))
+
+
+def test_layout_of_four_bit_codes() -> None:
+    """Nibble p of word i of a block holds column 32 * plane + i, plane p / 2 for even p and 4 + p / 2 for odd p."""
+    codes = torch.randint(-8, 8, (3, 300), dtype=torch.int8)
+    words = layouts.to_planes4(codes)
+    assert words.shape == (3, 2 * 32)
+    padded = torch.nn.functional.pad(codes, (0, 212))
+    for nibble in range(8):
+        plane = nibble // 2 + 4 * (nibble % 2)
+        for block in range(2):
+            columns = padded[:, 256 * block + 32 * plane :][:, :32]
+            assert torch.equal((words[:, 32 * block :][:, :32] >> 4 * nibble & 15) - 8, columns.to(torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(2.0**-20, torch.bfloat16), (1.0009765625, torch.float16), (0.1, torch.float32)]
+)
+def test_scales_are_kept_in_the_narrowest_exact_dtype(value: float, dtype: torch.dtype) -> None:
+    scale = torch.full((2, 3), value)
+    kept = layouts.narrowest_scale(scale)
+    assert kept.dtype == dtype
+    assert torch.equal(kept.float(), scale)
 
 
 def test_packed_weight_describes_itself() -> None:

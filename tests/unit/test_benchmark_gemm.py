@@ -17,7 +17,8 @@ from benchmarks.gemm import figures, measure, peers
 
 
 def row(peer: str, m: int, us: float, shape: tuple[int, int] = (64, 32)) -> dict[str, object]:
-    return {"peer": peer, "K": shape[0], "N": shape[1], "M": m, "us": us, "eager_us": 2 * us}
+    stamp = {"device": "a GPU", "torch": "2", "triton": "3", "commit": "abc", "date": "today"}
+    return {"peer": peer, "K": shape[0], "N": shape[1], "M": m, "us": us, "eager_us": 2 * us} | stamp
 
 
 def test_figures_are_geometric_means_over_shapes_and_tokens() -> None:
@@ -39,14 +40,16 @@ def test_a_figure_without_all_its_rows_is_left_out() -> None:
 def test_table_says_who_is_missing() -> None:
     rows = [row(peers.BASELINE, 1, 8.0), row("ours w8a8", 1, 4.0), {"peer": "torchao w8a8", "note": "not installed: x"}]
     lines = figures.table(rows).splitlines()
-    assert lines[0] == "| K x N | M | torch bf16, µs | ours w8a8 | torchao w8a8 |"
-    assert lines[2] == "| 64 x 32 | 1 | 8.0 | 2.00 | - |"
+    assert lines[:2] == ["a GPU, torch 2, triton 3, commit abc, today.", ""]
+    assert lines[2] == "| K x N | M | torch bf16, µs | ours w8a8 | torchao w8a8 |"
+    assert lines[4] == "| 64 x 32 | 1 | 8.0 | 2.00 | - |"
     assert lines[-1] == "- torchao w8a8: not installed: x"
 
 
 def test_csv_keeps_every_row() -> None:
     rows = [row("ours w8a8", 1, 4.0) | {"error": 0.012345678}, {"peer": "gemlite w8a8", "note": "stopped after 5 s"}]
     found = list(csv.DictReader(io.StringIO(figures.to_csv(rows))))
+    assert figures.table(figures.from_csv(figures.to_csv(rows))) == figures.table(rows)
     assert [(line["us"], line["error"], line["note"]) for line in found] == [
         ("4", "0.01235", ""),
         ("", "", "stopped after 5 s"),
@@ -90,7 +93,9 @@ def test_a_peer_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "us" not in rows[-1] and rows[-1]["note"]
     docs = tmp_path / "products.md"
     docs.write_text("\n".join(markers(sweep.DOCS_NAME)))
-    sweep.report(rows, tmp_path, docs)
+    sweep.record(rows, tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+    monkeypatch.setattr(sys, "argv", ["gemm", "--only-report", "--output", str(tmp_path), "--docs", str(docs)])
+    assert sweep.main() == 0
     assert f"- torch bf16: {rows[-1]['note']}" in docs.read_text()
-    assert (tmp_path / "gemm.csv").is_file() and not (tmp_path / "summary.json").exists()
     assert sweep.run_child("torch bf16", tmp_path / "log", [], 0.01, 0) == "stopped after 0 s"
