@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tokens", type=int, default=128, metavar="N", help="of a prompt (default: 128)")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto (default), cpu or cuda")
+    parser.add_argument("--no-tests", action="store_true", help="do not run the kernels' tests on the GPU first")
     parser.add_argument(
         "--profile", action="store_true", help="list the kernels of the steps; the seconds are not kept"
     )

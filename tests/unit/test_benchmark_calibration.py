@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from dataclasses import replace
@@ -369,6 +370,26 @@ def test_the_baseline_records_nothing_and_a_profile_lists_the_longest(monkeypatc
     with worker._profiled(kernels):
         torch.ones(64, 64) @ torch.ones(64, 64)
     assert "aten::mm" in {row["name"] for row in kernels} and kernels[0]["seconds"] >= kernels[-1]["seconds"]
+
+
+def test_a_gpu_is_tested_before_it_is_measured(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(command, "choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(command, "check_kernels", lambda: asked.append("tests"))
+    monkeypatch.setattr(command, "write_model", lambda *_: asked.append("model"))
+    monkeypatch.setattr(command, "write_adapter", lambda *_: None)
+    monkeypatch.setattr(command, "measure_ceilings", lambda _: H200)
+    for flags in ([], ["--no-tests"]):
+        args = command.build_parser().parse_args(["--results", str(tmp_path), "--work", str(tmp_path), *flags])
+        assert command._prepare(args).ceilings == H200
+    assert asked == ["tests", "model", "model"]
+
+
+def test_the_guide_names_only_flags_that_are_there():
+    guide = (Path(command.__file__).parents[1] / "README.md").read_text(encoding="utf-8").partition("## calibration")[2]
+    known = {flag for action in command.build_parser()._actions for flag in action.option_strings}
+    named = set(re.findall(r"--[a-z]+[a-z-]*", guide.partition("\n## ")[0]))
+    assert {"--only", "--no-tests", "--merge"} <= named <= known
 
 
 def test_bad_input_is_one_sentence(tmp_path):
