@@ -74,14 +74,13 @@ def compile_tuners(peers: Sequence[str], rows: Sequence[int], seconds: float, de
 
 
 def measure_all(
-    peers: Sequence[str], rows: Sequence[int] | None, seconds: float, devices: int
+    peers: Sequence[str], rows: Sequence[int] | None, seconds: float, devices: int, tuning: Sequence[str] = ()
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of one peer after the other.
 
-    With several GPUs, as many peers are timed at once, and the last GPU first serves the compilations.
+    With several GPUs, as many peers are timed at once, and the last GPU first compiles for those that are `tuning`.
     """
     arguments = [] if rows is None else ["--rows", *map(str, rows)]
-    tuning = [peer for peer in peers if peer in TUNING]
     free: queue.Queue[int] = queue.Queue()
     for device in range(devices - 1):
         free.put(device)
@@ -129,6 +128,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of gemm.csv and summary.json")
     parser.add_argument("--docs", type=Path, help="document that holds the table, such as docs/products.md")
     parser.add_argument("--only-report", action="store_true", help="time nothing: render what gemm.csv holds")
+    parser.add_argument("--skip-compile", action="store_true", help="what peers tune is in Triton's cache already")
     parser.add_argument("--skip-tests", action="store_true", help="the tests have just passed on this GPU")
     args = parser.parse_args()
     if args.docs is not None:
@@ -141,7 +141,8 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     peers = list(dict.fromkeys([BASELINE, *args.peers]))
     stamp, rows = summary.provenance(), []
-    for found in measure_all(peers, args.rows, args.seconds, torch.cuda.device_count()):
+    compiling = [] if args.skip_compile else [peer for peer in peers if peer in TUNING]
+    for found in measure_all(peers, args.rows, args.seconds, torch.cuda.device_count(), compiling):
         rows += [row | stamp for row in found]
         record(rows, args.output)
     report(rows, args.docs)
