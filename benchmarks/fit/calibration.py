@@ -101,6 +101,21 @@ def _gradients(name: str, given: Mapping[str, object], keys: tuple[str, ...], *,
     )
 
 
+def _norm(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Case:
+    """Return the case of normalizing and quantizing bfloat16 tokens."""
+    return Case(
+        name=name,
+        kernel=activations._rms_norm_quantize_fwd_kernel,
+        table="rms_norm_quantize",
+        types={"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*i8", "eps": "fp32", "offset": "fp32"},
+        constants=_TOKENS | {"WEIGHT_LAST": True, "X_KIND": 2, "OUT_KIND": 2},
+        from_key=activations.token_columns,
+        aligned=("C", "stride_xr"),
+        keys=keys,
+        hot=hot,
+    )
+
+
 def _gate(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Case:
     """Return the case of gating and quantizing bfloat16 tokens."""
     return Case(
@@ -165,15 +180,8 @@ CASES = (
         from_key=activations.token_columns,
         aligned=("C", "stride_xr"),
     ),
-    Case(
-        name="RMS norm and token, codes",
-        kernel=activations._rms_norm_quantize_fwd_kernel,
-        table="rms_norm_quantize",
-        types={"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*i8", "eps": "fp32", "offset": "fp32"},
-        constants=_TOKENS | {"WEIGHT_LAST": True, "X_KIND": 2, "OUT_KIND": 2},
-        from_key=activations.token_columns,
-        aligned=("C", "stride_xr"),
-    ),
+    _norm("RMS norm and token, codes", (*_FEW, *_MANY)),
+    _norm("RMS norm and token, codes, widest", _WIDEST, hot=False),
     _gate("gate and token, codes", (*_FEW, *_MANY)),
     _gate("gate and token, codes, widest", _WIDEST, hot=False),
     _norm_gradients("RMS norm, gradients", (*_FEW, *_NARROW)),
