@@ -32,7 +32,7 @@ FLAGS = [
     "-Wno-maybe-uninitialized",  # GCC 12's own AVX-512 header sets registers to themselves
     "-pthread",
 ]
-# Compute capabilities to compile for, where nvcc knows them; all have the tensor-core instructions that the kernels use.
+# Compute capabilities to compile for, where nvcc knows them; all have the instructions that the kernels use.
 CAPABILITIES = (80, 86, 89, 90, 120)
 PORTABLE = 90  # also as PTX, which drivers translate for the GPUs that come between and after
 
