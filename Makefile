@@ -7,7 +7,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^;]*\).*/\1/p' constraints.txt)
 # Without an NVIDIA driver, torch's CPU build is enough and gigabytes smaller. Where that index is out of reach, pip goes on
 # with the ones it knows.
 TORCH_INDEX := $(if $(shell command -v nvidia-smi 2>/dev/null),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 20)
-INSTALLED_FROM := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp)
+INSTALLED_FROM := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
 OUTPUT ?= out/demo
 COVERAGE_FLOOR := 90
 ARGS ?=
@@ -16,7 +16,7 @@ ARGS ?=
 # small products took 19 s with spinning and 2.6 s without; the demo beside one other job 5 min 38 s and 1 min 12 s.
 run serve test demo-models: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help run serve test install install-dev lint format typecheck demo-models bench bench-safety clean
+.PHONY: help run serve test install install-dev lint format typecheck demo-models bench bench-kernels bench-gemm bench-decode bench-safety clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -52,12 +52,21 @@ demo-models: $(VENV)/.installed ## rebuild the shipped demo models from nothing
 bench: $(VENV)/.installed ## whole calibration runs on random 7B weights, into docs/calibration.md (ARGS as in benchmarks/README.md)
 	$(BIN)/python -m benchmarks.calibration $(ARGS)
 
+bench-kernels: $(VENV)/.installed-dev ## every calibration kernel on this GPU, into docs/kernels.md
+	$(BIN)/python -m benchmarks.kernels --docs docs/kernels.md $(ARGS)
+
+bench-gemm: $(VENV)/.installed-dev ## packed products beside those of other packages on this GPU, into docs/products.md
+	$(BIN)/python -m benchmarks.gemm --docs docs/products.md $(ARGS)
+
+bench-decode: $(VENV)/.installed ## whole 7B models, packed against bfloat16, into docs/deploy.md
+	$(BIN)/python -m benchmarks.decode --geometry llama-2-7b --docs docs/deploy.md $(ARGS)
+
 bench-safety: $(VENV)/.installed ## every method, scheme and seed, into tables and plots (ARGS as in benchmarks/README.md)
 	$(BIN)/python -m benchmarks.safety $(ARGS)
 
 clean: ## remove what was built, but no results
 	rm -rf $(VENV) build dist *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* htmlcov
-	rm -f kernels/qrealign_kernels/_C.*.so kernels/qrealign_kernels/_build_note.txt
+	rm -f kernels/qrealign_kernels/_C.*.so kernels/qrealign_kernels/_C_cuda.*.so kernels/qrealign_kernels/_build_note.txt
 	find qrealign kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

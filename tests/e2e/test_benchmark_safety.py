@@ -8,7 +8,8 @@ import json
 import pytest
 
 from benchmarks.safety.__main__ import main
-from benchmarks.safety.tables import BEGIN, END
+from benchmarks.docs import markers
+from benchmarks.safety.tables import DOCS_NAME
 from tests.bench_helpers import arguments
 
 ONE_CELL = ["--methods", "reconstruction", "--schemes", "w8a8", "--seeds", "0"]
@@ -18,7 +19,8 @@ ONE_CELL = ["--methods", "reconstruction", "--schemes", "w8a8", "--seeds", "0"]
 def run(tmp_path_factory):
     """Run two methods with one scheme and one seed, and return the folder."""
     folder = tmp_path_factory.mktemp("benchmark")
-    (folder / "safety.md").write_text(f"# Safety\n\n{BEGIN}\nold\n{END}\n\nThe end.\n")
+    begin, end = markers(DOCS_NAME)
+    (folder / "safety.md").write_text(f"# Safety\n\n{begin}\nold\n{end}\n\nThe end.\n")
     assert main(arguments(folder, *ONE_CELL, "--docs", str(folder / "safety.md"))) == 0
     return folder
 
