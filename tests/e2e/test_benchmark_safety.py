@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from benchmarks.safety.__main__ import main
 from benchmarks.docs import markers
+from benchmarks.safety.__main__ import main
 from benchmarks.safety.tables import DOCS_NAME
 from tests.bench_helpers import arguments
 
