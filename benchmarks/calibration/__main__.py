@@ -9,23 +9,16 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from qrealign.errors import ConfigError, QrealignError
-
-EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
+from benchmarks.exits import exit_status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; return 0, or another exit status after one sentence on standard error."""
     from benchmarks.calibration.command import run_command
 
-    try:
-        return EXIT_FAILED if run_command(arguments) else 0
-    except QrealignError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_FAILED
-    except KeyboardInterrupt:
-        print("interrupted: what was measured is kept; --only names what is missing", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return exit_status(
+        lambda: run_command(arguments), interrupted="what was measured is kept; --only names what is missing"
+    )
 
 
 if __name__ == "__main__":
