@@ -9,13 +9,16 @@ from qrealign.calibrate.methods import EDITS, ENGINES, SCHEDULES
 from qrealign.pipeline.methods import METHODS
 from qrealign.pipeline.options import EVALUATION_SIZES, RunOptions, merge_options
 from qrealign.repair.settings import REPAIRS
+from qrealign.status import BAD_INPUT, FAILED, INTERRUPTED
 
-_EPILOG = """\
+_EPILOG = f"""\
 Without --model the shipped demo is realigned into out/demo. Models are folders or Hub ids; data are files (.json,
 .jsonl, .csv, .txt, also .gz) or Hub ids, with an optional filter: file.jsonl.gz?source=advbench,xstest. Data options
 take several values. What is not given is taken from the prompts shipped with the project.
 
 `python -m qrealign.run doctor` prints versions, devices and kernels: which are usable here, and why others are not.
+
+exit status: 0 done, whatever the verdict, {BAD_INPUT} bad input, {FAILED} the run failed, {INTERRUPTED} interrupted
 """
 
 
