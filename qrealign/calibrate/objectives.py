@@ -155,7 +155,7 @@ class BehaviourObjective:
     def _answers(
         self, samples: Sequence[TeacherSample], starts: Sequence[int], counts: Mapping[str, int], room: Room | None
     ) -> dict[str, Tensor]:
-        """Return what of a batch is learned as it stands there: `answer.places`, `.tokens` and `.weights`, all `[Q]`."""
+        """Return what of a batch is learned as it stands: `answer.places`, `.tokens` and `.weights`, all `[Q]`."""
         places, tokens, weights = [], [], []
         for start, sample in zip(starts, samples, strict=True):
             if sample.answer_weights is None:
