@@ -77,7 +77,9 @@ class TeacherCache:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         samples = [
-            TeacherSample(label=Label(label), **{key: tensors.get(f"{i:06d}.{key}") for key in _SAMPLE_TENSORS})
+            TeacherSample(
+                label=Label(label), **{k: tensors[n] for k in _SAMPLE_TENSORS if (n := f"{i:06d}.{k}") in tensors}
+            )
             for i, label in enumerate(tensors["labels"].tolist())
         ]
         return cls(samples=samples, head_weight=tensors.get("head_weight"))
