@@ -54,7 +54,6 @@ class BlockSteps:
         self._losses = torch.zeros(self.order.shape, device=self.device)
         self._own_losses = self._losses[:, mine]
         self._parts = Parts(self._rows.shape[1], self.trainable.zero_grad)
-        self._recorded = Recorded(self._step, self.device)
 
     def run(self, on_steps: Callable[[int, float], None]) -> list[CurvePoint]:
         """Train to the last step or to the plateau and return points of the loss curve.
@@ -65,12 +64,14 @@ class BlockSteps:
             CalibrationDivergedError: losses stayed non-finite after the restarts.
         """
         guard, plateau = DivergenceGuard(self.trainable, f"block {self.index}"), Plateau(self.plateau)
-        self._record(guard)
+        # Not an attribute, which would be a cycle: a recording's memory goes with it, before the next block needs some.
+        step_once = Recorded(self._step, self.device)
+        self._record(step_once, guard)
         steps, step, last = len(self.order), 0, float("nan")
         seen = torch.zeros(self.order.shape)
         while step < steps:
             stop = min(steps, self._next_look(step))
-            seen[step:stop] = self._go(step, stop)
+            seen[step:stop] = self._go(step_once, step, stop)
             broken = (~seen[step:stop].isfinite()).any(dim=1).nonzero()
             if len(broken):
                 step = guard.recover(step + int(broken[0]), last)
@@ -87,18 +88,18 @@ class BlockSteps:
         """Return the step before which the host looks at the losses again."""
         return step + 1 if self.device.type == "cpu" else (step // self.epoch + 1) * self.epoch
 
-    def _record(self, guard: DivergenceGuard) -> None:
+    def _record(self, step_once: Recorded, guard: DivergenceGuard) -> None:
         """Record a step; what the trial step before it has changed is taken back."""
-        self._recorded.record()
+        step_once.record()
         self.trainable.load_state(guard.good)
 
-    def _go(self, start: int, stop: int) -> Tensor:
+    def _go(self, step_once: Recorded, start: int, stop: int) -> Tensor:
         """Make some steps and return their losses, `[stop - start, B]` on the host."""
         self.trainable.set_rate(1.0)
         self._position.fill_(start)
         self._losses[start:stop] = 0  # the other processes' columns
         for _ in range(start, stop):
-            self._recorded()
+            step_once()
         losses = self.team.add(self._losses[start:stop])
         self.team.finish(self.device)
         return losses.cpu()
