@@ -37,7 +37,7 @@ def round_rows(
     """Compute `reference_calibration.fake_quant_edited_weight_ref` in bfloat16, or return None and leave it to Triton.
 
     Returns:
-        The rounded weight `[N, K]` and, where asked to `keep` them for the backward, the extremes of the rows, `[2, N, 1]`
+        The rounded weight `[N, K]` and, where asked to `keep` them for the backward, the rows' extremes, `[2, N, 1]`
         float32.
     """
     launch = _launch("cuda_round_rows", weight, transform, grid)
