@@ -46,7 +46,7 @@ from qrealign_kernels.triton_math import (
 )
 
 # Edits up to this rank are added to rows held whole, a multiplication each; of a higher one, by tensor cores.
-SMALL_RANK = 8
+SMALL_RANK = 4
 
 
 @triton.jit
@@ -391,8 +391,7 @@ def _launch_forward(
     groups = columns // width
     with on_device_of(weight):
         rank = 0 if left is None else left.shape[1]
-        in_steps = rank == 0 and is_ragged(width)
-        if rank <= SMALL_RANK and width <= LARGEST_WIDTH and not in_steps:
+        if rank <= SMALL_RANK and width <= LARGEST_WIDTH and not is_ragged(width):
             tile = row_tile("fake_quant_edited_fwd", width, weight.device)
             full = is_full(rows, width, tile)
             grid = (groups, triton.cdiv(rows, tile["BLOCK_N"]))
