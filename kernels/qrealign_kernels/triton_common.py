@@ -58,3 +58,8 @@ def version() -> str:
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Return a context in which kernels start on the tensor's GPU."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def as_float(tensor: Tensor) -> Tensor:
+    """Return contiguous float32, the tensor itself where it is."""
+    return tensor.float().contiguous()

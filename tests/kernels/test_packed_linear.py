@@ -129,12 +129,13 @@ def test_a_token_of_zeros_gives_the_bias() -> None:
     assert kernels.packed_linear(torch.zeros(0, 64), packed, bias).shape == (0, 8)
 
 
+@pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("tokens", [2, 9])
 @pytest.mark.parametrize("recipe", [RECIPES[2], RECIPES[1]], ids=str)
 def test_routes_for_more_tokens(recipe: Recipe, tokens: int) -> None:
     """Tiles and a dequantized copy, at few tokens: which one is taken is a matter of speed."""
     routes = {"INT8_FEW": 0, "INT4_FEW": 0}
-    with kernels.use_backend("triton"), launches.forced("linear_routes", routes):
+    with launches.forced("linear_routes", routes):
         packed, plain = repack_both(recipe, *random_weight(recipe, 33, 384))
         x, bias = torch.randn(tokens, 384).half(), torch.randn(33)
         expected = reference_linear.packed_linear_ref(x, plain, bias, torch.float16)
@@ -218,10 +219,10 @@ def test_scales_are_kept_in_the_narrowest_exact_dtype(value: float, dtype: torch
     assert torch.equal(kept.float(), scale)
 
 
+@pytest.mark.usefixtures("triton_backend")
 def test_packed_weight_describes_itself() -> None:
     codes, scale, zero_point = random_weight(RECIPES[3], 16, 512)
-    with kernels.use_backend("triton"):
-        packed = kernels.repack_weight(codes, scale, zero_point, num_bits=4, activation_bits=None)
+    packed = kernels.repack_weight(codes, scale, zero_point, num_bits=4, activation_bits=None)
     assert (packed.shape, packed.group_size, packed.groups) == ((16, 512), 128, 4)
     assert packed.nbytes() == 16 * 512 // 2 + 16 * 4 * 2 + 16 * 4  # nibbles, bfloat16 scales, int8 zero points
     assert packed.to("meta").device.type == "meta"
