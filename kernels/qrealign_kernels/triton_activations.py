@@ -148,7 +148,7 @@ def token_columns(key: str) -> dict[str, int]:
     return {"BLOCK_C": int(key.partition("-")[0])}
 
 
-def _token_tile(kernel: str, rows: Tensor) -> launches.Choice:
+def token_tile(kernel: str, rows: Tensor) -> launches.Choice:
     """Return the launch of a kernel whose tiles hold whole tokens."""
     tokens, columns = rows.shape
     block = tile_width(columns)
@@ -156,7 +156,7 @@ def _token_tile(kernel: str, rows: Tensor) -> launches.Choice:
     return launches.choice(kernel, key, rows.device) | {"BLOCK_C": block}
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """Return `[R, C]` with contiguous rows: a view where it can be, such as of one half of a wider tensor."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
@@ -199,10 +199,10 @@ def quantize_per_token(x: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_tokens(x: Tensor, num_bits: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    rows = _rows(x)
+    rows = as_rows(x)
     out, scale = _outputs(x, dtype)
     if rows.shape[0]:
-        tile = _token_tile("quantize_per_token", rows)
+        tile = token_tile("quantize_per_token", rows)
         constants = _code_constants(num_bits, x.device, codes=scale is not None)
         with on_device_of(x):
             _quantize_per_token_fwd_kernel[(triton.cdiv(rows.shape[0], tile["BLOCK_R"]),)](
@@ -232,10 +232,10 @@ def _norm_tokens(
 ) -> tuple[Tensor, Tensor | None]:
     weight_last = offset == 0.0
     dtype = torch.promote_types(x.dtype, weight.dtype) if weight_last else x.dtype
-    rows = _rows(x)
+    rows = as_rows(x)
     out, scale = _outputs(x, None if codes else dtype)
     if rows.shape[0]:
-        tile = _token_tile("rms_norm_quantize", rows)
+        tile = token_tile("rms_norm_quantize", rows)
         with on_device_of(x):
             _rms_norm_quantize_fwd_kernel[(triton.cdiv(rows.shape[0], tile["BLOCK_R"]),)](
                 rows,
@@ -259,8 +259,8 @@ def rms_norm_gradients(grad: Tensor, x: Tensor, weight: Tensor, eps: float, *, o
     """Compute `reference_calibration.rms_norm_gradients`."""
     if x.shape[-1] > LARGEST_WIDTH or x.numel() == 0:
         return reference_calibration.rms_norm_gradients(grad, x, weight, eps, offset=offset)
-    rows = _rows(x)
-    tile = _token_tile("rms_norm_bwd", rows)
+    rows = as_rows(x)
+    tile = token_tile("rms_norm_bwd", rows)
     programs = triton.cdiv(rows.shape[0], tile["BLOCK_R"] * tile["STEPS"])
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device)
@@ -289,10 +289,10 @@ def silu_mul_fake_quant(gate: Tensor, up: Tensor, *, num_bits: int) -> Tensor:
 
 
 def _gate_tokens(gate: Tensor, up: Tensor, num_bits: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    gates, ups = _rows(gate), _rows(up)
+    gates, ups = as_rows(gate), as_rows(up)
     out, scale = _outputs(gate, dtype)
     if gates.shape[0]:
-        tile = _token_tile("silu_mul_quantize", gates)
+        tile = token_tile("silu_mul_quantize", gates)
         with on_device_of(gate):
             _silu_mul_quantize_fwd_kernel[(triton.cdiv(gates.shape[0], tile["BLOCK_R"]),)](
                 gates,
@@ -311,7 +311,7 @@ def _gate_tokens(gate: Tensor, up: Tensor, num_bits: int, dtype: torch.dtype | N
 
 def silu_mul_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Compute `reference_calibration.silu_mul_gradients`."""
-    gates, ups = _rows(gate), _rows(up)
+    gates, ups = as_rows(gate), as_rows(up)
     count, columns = gates.shape
     grad_gate, grad_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     if count:
