@@ -43,9 +43,7 @@ def add_rms_norm(
     """
     check_norm(x, weight)
     if branch is not None and (branch.shape != x.shape or branch.dtype != x.dtype):
-        raise ValueError(
-            f"branch must be {tuple(x.shape)} {x.dtype} as x is, got {tuple(branch.shape)} {branch.dtype}"
-        )
+        raise ValueError(f"branch must be {tuple(x.shape)} {x.dtype} as x is, got {tuple(branch.shape)} {branch.dtype}")
     if torch.compiler.is_compiling():
         return add_rms_norm_ref(x, branch, weight, eps, offset=offset)
     with torch.no_grad():

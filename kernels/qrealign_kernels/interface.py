@@ -1,7 +1,6 @@
 """What a backend offers: one function per op, on rows.
 
-`reference.py`, `reference_calibration.py`, `reference_linear.py`, `reference_block.py` and `packing.py` document each of
-them.
+The modules `reference*.py` and `packing.py` document each of them.
 """
 
 from __future__ import annotations

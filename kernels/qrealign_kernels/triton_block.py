@@ -151,8 +151,7 @@ def _join_attention_fwd_kernel(
     b_out = tl.sum(parts * weights[:, None], axis=0) / total
     tl.store(out_ptr + head * D + o_d, convert(b_out, out_ptr.dtype.element_ty), mask=m_d)
     if ADVANCE:
-        if head == 0:
-            tl.store(cells_ptr, tl.load(cells_ptr) + 1)
+        tl.store(cells_ptr, tl.load(cells_ptr) + 1, mask=head == 0)
 
 
 def add_rms_norm(

@@ -136,9 +136,7 @@ def test_norm_behind_a_sum_equals_the_definition(
 
 @pytest.mark.parametrize("tokens", [1, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gate_equals_the_definition(
-    each_backend: str, poisoned_memory: None, tokens: int, dtype: torch.dtype
-) -> None:
+def test_gate_equals_the_definition(each_backend: str, poisoned_memory: None, tokens: int, dtype: torch.dtype) -> None:
     gate, up = torch.randn(tokens, 2 * 131).to(dtype).split(131, dim=-1)  # strided rows, as a joined product's are
     found = kernels.silu_mul(gate, up)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
