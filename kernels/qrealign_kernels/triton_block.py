@@ -276,8 +276,9 @@ def decode_attention(
             **choice,
         )
         _join_attention_fwd_kernel[(batch * heads,)](
-            part, top, total, out, cells, ADVANCE=advance, SPLITS=splits, num_warps=1, **shape, **overlap(query.device)
-        )
+            part, top, total, out, cells, ADVANCE=advance, SPLITS=splits, **shape, **overlap(query.device),
+            **launches.choice("join_attention", launches.DEFAULT, query.device),
+        )  # fmt: skip
     return out
 
 
