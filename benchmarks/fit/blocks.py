@@ -12,6 +12,7 @@ _HALVES = {
 _CELLS = {"cells_ptr": "*i64", "mask_ptr": "*i1"}
 _SCALARS = {"eps": "fp32", "offset": "fp32", "scaling": "fp32"}
 _FEW = ("4096-few", "8192-few")
+_CACHE = ("keysb", "keysh", "keyss", "valuesb", "valuesh", "valuess")
 _HEADS = {"D": 128, "DP": 128, "OVERLAP": False}
 
 
@@ -23,8 +24,7 @@ def _attention(note: str, group: int) -> Case:
         table="decode_attention",
         types=_HALVES | _CELLS | _SCALARS | {"sum_ptr": "*fp32"},
         constants=_HEADS | {"HEADS": 8, "GROUP": group, "GROUP_P": group, "HAS_MASK": True, "KIND": 2},
-        aligned=("stride_qb", "stride_kb", "stride_vb", "stride_keysb", "stride_keysh", "stride_keyss")
-        + ("stride_valuesb", "stride_valuesh", "stride_valuess"),
+        aligned=tuple(f"stride_{name}" for name in ("qb", "kb", "vb", *_CACHE)),
     )
 
 

@@ -136,7 +136,7 @@ def _check_attention(
             f"and {tuple(key.shape)}"
         )
     batch, _, size = query.shape
-    wanted = {"key": (batch, key.shape[1], size), "value": (batch, key.shape[1], size)}
+    wanted: dict[str, tuple[int, ...]] = {"key": (batch, key.shape[1], size), "value": (batch, key.shape[1], size)}
     wanted |= {"cos": (batch, size), "sin": (batch, size)}
     given = {"key": key, "value": value, "cos": cos, "sin": sin, "keys": keys, "values": values}
     for name, shape in wanted.items():

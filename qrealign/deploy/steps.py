@@ -139,4 +139,5 @@ def _cells_of(layer: Any) -> StepCells | None:
         return found
     if type(layer) is not StaticLayer or not layer.is_initialized:
         return None
+    assert layer.keys is not None and layer.values is not None
     return StepCells(layer.keys, layer.values, layer.cumulative_length.view(1), layer.max_cache_len, True)
