@@ -13,6 +13,7 @@ _CELLS = {"cells_ptr": "*i64", "mask_ptr": "*i1"}
 _SCALARS = {"eps": "fp32", "offset": "fp32", "scaling": "fp32"}
 _FEW = ("4096-few", "8192-few")
 _CACHE = ("keysb", "keysh", "keyss", "valuesb", "valuesh", "valuess")
+_TOKENS = {"CODES": True, "QMIN": -128, "QMAX": 127, "ZERO_SCALE": 2.0**-23}
 _HEADS = {"D": 128, "DP": 128, "OVERLAP": False}
 
 
@@ -23,7 +24,7 @@ def _attention(note: str, group: int) -> Case:
         kernel=triton_block._decode_attention_fwd_kernel,
         table="decode_attention",
         types=_HALVES | _CELLS | _SCALARS | {"sum_ptr": "*fp32"},
-        constants=_HEADS | {"HEADS": 8, "GROUP": group, "GROUP_P": group, "HAS_MASK": True, "KIND": 2},
+        constants=_HEADS | {"HEADS": 8, "GROUP": group, "GROUP_P": 16, "HAS_MASK": True, "KIND": 2},
         aligned=tuple(f"stride_{name}" for name in ("qb", "kb", "vb", *_CACHE)),
     )
 
@@ -34,7 +35,7 @@ CASES = (
         kernel=triton_block._add_rms_norm_fwd_kernel,
         table="rms_norm_quantize",
         types=_HALVES | _SCALARS,
-        constants={"HAS_BRANCH": True, "WEIGHT_LAST": True, "X_KIND": 2, "OUT_KIND": 2, "OVERLAP": False},
+        constants=_TOKENS | {"HAS_BRANCH": True, "WEIGHT_LAST": True, "X_KIND": 2, "OUT_KIND": 2, "OVERLAP": False},
         from_key=token_columns,
         aligned=("C", "stride_xr", "stride_br"),
         keys=_FEW,

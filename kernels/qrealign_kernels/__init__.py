@@ -1,7 +1,7 @@
 """Quantization ops of qrealign: each with its definition in PyTorch, Triton kernels for GPUs and C++ for CPUs."""
 
 from qrealign_kernels.backend import BackendUnavailableError, build_info, use_backend
-from qrealign_kernels.block_ops import add_rms_norm, decode_attention, silu_mul
+from qrealign_kernels.block_ops import add_rms_norm, add_rms_norm_quantize, decode_attention, silu_mul
 from qrealign_kernels.calibration_ops import (
     encode_weight,
     reduced_weight_gradient,
@@ -29,6 +29,7 @@ __all__ = [
     "PackedWeight",
     "QuantizedActivations",
     "add_rms_norm",
+    "add_rms_norm_quantize",
     "build_info",
     "decode_attention",
     "dequantize_weight",

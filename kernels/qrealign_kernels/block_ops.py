@@ -12,7 +12,8 @@ from torch import Tensor
 from qrealign_kernels.backend import backend_for
 from qrealign_kernels.calibration_ops import check_gate, check_norm
 from qrealign_kernels.linear_ops import FLOATS
-from qrealign_kernels.reference_block import add_rms_norm_ref
+from qrealign_kernels.quantized import QuantizedActivations
+from qrealign_kernels.reference_block import add_rms_norm_quantize_ref, add_rms_norm_ref, normed_dtype
 from qrealign_kernels.reference_calibration import silu_mul_ref
 
 
@@ -48,6 +49,27 @@ def add_rms_norm(
         return add_rms_norm_ref(x, branch, weight, eps, offset=offset)
     with torch.no_grad():
         return backend_for(x).add_rms_norm(x, branch, weight, eps, offset=offset)
+
+
+def add_rms_norm_quantize(
+    x: Tensor, branch: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, num_bits: int = 8
+) -> tuple[Tensor, QuantizedActivations]:
+    """Add a branch, normalize the sum as `add_rms_norm` does, and quantize it as `rms_norm_quantize` does, in one pass.
+
+    Args:
+        num_bits: 2 to 8.
+
+    The other arguments, and the errors, are those of `add_rms_norm`.
+
+    Returns:
+        The sum, `[..., K]` in x's dtype, and the normalized sum as codes.
+    """
+    _check_sum(x, branch, weight, num_bits)
+    compiling = torch.compiler.is_compiling()
+    run = add_rms_norm_quantize_ref if compiling else backend_for(x).add_rms_norm_quantize
+    with torch.no_grad():
+        total, codes, scale = run(x, branch, weight, eps, offset=offset, num_bits=num_bits)
+    return total, QuantizedActivations(codes, scale, normed_dtype(x, weight, offset))
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -115,6 +137,12 @@ def decode_attention(
     return backend_for(query).decode_attention(
         query, key, value, cos, sin, keys, values, cells, mask, length=length, scaling=scaling, advance=advance
     )
+
+
+def _check_sum(x: Tensor, branch: Tensor | None, weight: Tensor, num_bits: int = 8) -> None:
+    check_norm(x, weight, num_bits)
+    if branch is not None and (branch.shape != x.shape or branch.dtype != x.dtype):
+        raise ValueError(f"branch must be {tuple(x.shape)} {x.dtype}, got {tuple(branch.shape)} {branch.dtype}")
 
 
 def _check_attention(

@@ -12,6 +12,7 @@ from qrealign_kernels.autograd_calibration import RmsNormFakeQuantFunction, Silu
 from qrealign_kernels.backend import backend_for
 from qrealign_kernels.ops import check_activation, check_transform, check_weight, empty_codes
 from qrealign_kernels.quantized import QuantizedActivations
+from qrealign_kernels.reference_block import normed_dtype
 from qrealign_kernels.reference_calibration import WeightGradients
 
 
@@ -145,7 +146,7 @@ def rms_norm_quantize(
     check_norm(x, weight, num_bits)
     run = _rms_norm_quantize_op if torch.compiler.is_compiling() else _rms_norm_quantize
     codes, scale = run(x, weight, eps, offset, num_bits)
-    return QuantizedActivations(codes, scale, _normed_dtype(x, weight, offset))
+    return QuantizedActivations(codes, scale, normed_dtype(x, weight, offset))
 
 
 def rms_norm_fake_quant(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, num_bits: int = 8) -> Tensor:
@@ -220,10 +221,6 @@ def _(x: Tensor, weight: Tensor, eps: float, offset: float, num_bits: int) -> tu
 @_silu_mul_quantize_op.register_fake
 def _(gate: Tensor, up: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
     return empty_codes(gate)
-
-
-def _normed_dtype(x: Tensor, weight: Tensor, offset: float) -> torch.dtype:
-    return torch.promote_types(x.dtype, weight.dtype) if offset == 0.0 else x.dtype
 
 
 def check_norm(x: Tensor, weight: Tensor, num_bits: int = 8) -> None:

@@ -46,6 +46,7 @@ class Backend:
     silu_mul_fake_quant: Callable[..., Tensor]
     silu_mul_gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    add_rms_norm_quantize: Callable[..., tuple[Tensor, Tensor, Tensor]]
     silu_mul: Callable[[Tensor, Tensor], Tensor]
     decode_attention: Callable[..., Tensor]
     keeps_fake: bool
@@ -74,6 +75,7 @@ REFERENCE = Backend(
     silu_mul_fake_quant=reference_calibration.silu_mul_fake_quant_ref,
     silu_mul_gradients=reference_calibration.silu_mul_gradients,
     add_rms_norm=reference_block.add_rms_norm_ref,
+    add_rms_norm_quantize=reference_block.add_rms_norm_quantize_ref,
     silu_mul=reference_calibration.silu_mul_ref,
     decode_attention=reference_block.decode_attention_ref,
     keeps_fake=True,

@@ -29,7 +29,7 @@ FEW_TOKENS = 128  # up to here a token has a multiprocessor to itself, and wants
 
 
 @triton.jit
-def _store_tokens(
+def store_tokens(
     b_y, out_ptr, scale_ptr, r, o_c, m_r, mask, C,
     CODES: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, ZERO_SCALE: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def _quantize_per_token_fwd_kernel(
     m_r = r < R
     mask = m_r[:, None] & (o_c < C)[None, :]
     b_x = tl.load(x_ptr + r[:, None] * stride_xr + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
-    _store_tokens(b_x, out_ptr, scale_ptr, r, o_c, m_r, mask, C, CODES, QMIN, QMAX, ZERO_SCALE)
+    store_tokens(b_x, out_ptr, scale_ptr, r, o_c, m_r, mask, C, CODES, QMIN, QMAX, ZERO_SCALE)
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def _rms_norm_quantize_fwd_kernel(
     b_y = b_x * tl.rsqrt(mean_square + eps)[:, None]
     b_y = round_to(b_y, X_KIND) * b_weight[None, :] if WEIGHT_LAST else b_y * (offset + b_weight)[None, :]
     b_y = round_to(b_y, OUT_KIND)
-    _store_tokens(b_y, out_ptr, scale_ptr, r, o_c, m_r, mask, C, CODES, QMIN, QMAX, ZERO_SCALE)
+    store_tokens(b_y, out_ptr, scale_ptr, r, o_c, m_r, mask, C, CODES, QMIN, QMAX, ZERO_SCALE)
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def _silu_mul_quantize_fwd_kernel(
     b_up = tl.load(up_ptr + r[:, None] * stride_ur + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
     b_silu = round_to(tl.div_rn(b_gate, 1.0 + exponential(-b_gate)), KIND)
     b_y = round_to(b_silu * b_up, KIND)
-    _store_tokens(b_y, out_ptr, scale_ptr, r, o_c, m_r, mask, C, CODES, QMIN, QMAX, ZERO_SCALE)
+    store_tokens(b_y, out_ptr, scale_ptr, r, o_c, m_r, mask, C, CODES, QMIN, QMAX, ZERO_SCALE)
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _code_constants(num_bits: int, device: torch.device, *, codes: bool) -> dict[str, object]:
+def code_constants(num_bits: int, device: torch.device, *, codes: bool) -> dict[str, object]:
     qmin, qmax = code_range(num_bits)
     return {
         "CODES": codes,
@@ -203,7 +203,7 @@ def _quantize_tokens(x: Tensor, num_bits: int, dtype: torch.dtype | None) -> tup
     out, scale = _outputs(x, dtype)
     if rows.shape[0]:
         tile = token_tile("quantize_per_token", rows)
-        constants = _code_constants(num_bits, x.device, codes=scale is not None)
+        constants = code_constants(num_bits, x.device, codes=scale is not None)
         with on_device_of(x):
             _quantize_per_token_fwd_kernel[(triton.cdiv(rows.shape[0], tile["BLOCK_R"]),)](
                 rows, out, out if scale is None else scale, *rows.shape, rows.stride(0), **constants, **tile
@@ -249,7 +249,7 @@ def _norm_tokens(
                 WEIGHT_LAST=weight_last,
                 X_KIND=FLOAT_KINDS[x.dtype],
                 OUT_KIND=FLOAT_KINDS[dtype],
-                **_code_constants(num_bits, x.device, codes=codes),
+                **code_constants(num_bits, x.device, codes=codes),
                 **tile,
             )
     return out, scale
@@ -303,7 +303,7 @@ def _gate_tokens(gate: Tensor, up: Tensor, num_bits: int, dtype: torch.dtype | N
                 gates.stride(0),
                 ups.stride(0),
                 KIND=FLOAT_KINDS[gate.dtype],
-                **_code_constants(num_bits, gate.device, codes=scale is not None),
+                **code_constants(num_bits, gate.device, codes=scale is not None),
                 **tile,
             )
     return out, scale

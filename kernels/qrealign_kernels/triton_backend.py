@@ -22,6 +22,7 @@ BACKEND = dataclasses.replace(
     silu_mul_fake_quant=triton_activations.silu_mul_fake_quant,
     silu_mul_gradients=triton_activations.silu_mul_gradients,
     add_rms_norm=triton_block.add_rms_norm,
+    add_rms_norm_quantize=triton_block.add_rms_norm_quantize,
     silu_mul=triton_block.silu_mul,
     decode_attention=triton_block.decode_attention,
     repack_weight=triton_linear.repack_weight,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qrealign.arch import BlockSpec
 from qrealign.config import QuantScheme
-from qrealign.deploy.layers import GatedMLP, JoinedLinears, JoinedPart, NormQuantizer, PackedLinear
+from qrealign.deploy.layers import GatedMLP, JoinedLinears, JoinedPart, MovedNorm, NormQuantizer, PackedLinear
 from qrealign.errors import CheckpointFormatError
 from qrealign.models.placement import assign_tensors, move_buffers, replace_module
 from qrealign.pack.blocks import rename
@@ -159,7 +159,7 @@ def _move_norms(block: nn.Module, spec: BlockSpec) -> None:
             continue
         weight, bits = norm.get_parameter("weight"), product.weight.activation_bits
         product.norm = NormQuantizer(weight, eps, offset=float(spec.norm_weight_offset), num_bits=bits)
-        replace_module(block, site.producer, nn.Identity())
+        replace_module(block, site.producer, MovedNorm(product))
 
 
 def rms_norm_eps(norm: nn.Module) -> float | None:

@@ -22,6 +22,7 @@ from qrealign_kernels import (
     PackedWeight,
     QuantizedActivations,
     add_rms_norm,
+    add_rms_norm_quantize,
     packed_linear,
     rms_norm_quantize,
     silu_mul,
@@ -134,25 +135,6 @@ class JoinedPart(nn.Module):
         return self.joined.part(x, self.index)
 
 
-class NormQuantizer(nn.Module):
-    """An RMS norm and the quantization of its output per token, as one step.
-
-    Args:
-        weight: `[H]`, the norm's own parameter.
-        eps: added to the mean square.
-        offset: 1 where the norm multiplies by `1 + weight`.
-        num_bits: of the codes.
-    """
-
-    def __init__(self, weight: nn.Parameter, eps: float, *, offset: float, num_bits: int) -> None:
-        super().__init__()
-        self.weight = weight
-        self.eps, self.offset, self.num_bits = eps, offset, num_bits
-
-    def forward(self, x: Tensor) -> QuantizedActivations:
-        return rms_norm_quantize(x, self.weight, self.eps, offset=self.offset, num_bits=self.num_bits)
-
-
 class SummingNorm(nn.Module):
     """An RMS norm that can make the sum it normalizes, in one pass.
 
@@ -166,18 +148,60 @@ class SummingNorm(nn.Module):
         super().__init__()
         self.weight = weight
         self.eps, self.offset = eps, offset
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Tensor | QuantizedActivations] | None = None
 
     def add(self, x: Tensor, branch: Tensor) -> Tensor:
         """Return `x + branch` and keep what the norm gives for it until the next call."""
-        self._last = add_rms_norm(x, branch, self.weight, self.eps, offset=self.offset)
+        self._last = self._sum(x, branch)
         return self._last[0]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | QuantizedActivations:
         last, self._last = self._last, None
-        if last is not None and last[0] is x:
-            return last[1]
+        return last[1] if last is not None and last[0] is x else self._normalize(x)
+
+    def _sum(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor | QuantizedActivations]:
+        return add_rms_norm(x, branch, self.weight, self.eps, offset=self.offset)
+
+    def _normalize(self, x: Tensor) -> Tensor | QuantizedActivations:
         return add_rms_norm(x, None, self.weight, self.eps, offset=self.offset)[1]
+
+
+class NormQuantizer(SummingNorm):
+    """An RMS norm and the quantization of its output per token, as one step, within the product that reads it.
+
+    Args:
+        num_bits: of the codes.
+    """
+
+    def __init__(self, weight: nn.Parameter, eps: float, *, offset: float, num_bits: int) -> None:
+        super().__init__(weight, eps, offset=offset)
+        self.num_bits = num_bits
+
+    def _sum(self, x: Tensor, branch: Tensor) -> tuple[Tensor, QuantizedActivations]:
+        return add_rms_norm_quantize(x, branch, self.weight, self.eps, offset=self.offset, num_bits=self.num_bits)
+
+    def _normalize(self, x: Tensor) -> QuantizedActivations:
+        return rms_norm_quantize(x, self.weight, self.eps, offset=self.offset, num_bits=self.num_bits)
+
+
+class MovedNorm(nn.Module):
+    """Stands in the place of a norm that a product computes: it passes on what the product will normalize.
+
+    Args:
+        product: whose norm it was made to be.
+    """
+
+    def __init__(self, product: PackedLinear) -> None:
+        super().__init__()
+        self.product = product
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Return `x + branch`, which the product's norm makes."""
+        assert self.product.norm is not None
+        return self.product.norm.add(x, branch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
 
 class GatedMLP(nn.Module):

@@ -18,7 +18,7 @@ from transformers.cache_utils import StaticLayer
 
 from qrealign.arch import BlockSpec
 from qrealign.deploy.blocks import rms_norm_eps
-from qrealign.deploy.layers import SummingNorm
+from qrealign.deploy.layers import MovedNorm, SummingNorm
 from qrealign.models.placement import replace_module
 from qrealign_kernels import decode_attention
 
@@ -43,10 +43,7 @@ class StepCells(NamedTuple):
 
 
 def fuse_steps(model: PreTrainedModel, spec: BlockSpec) -> None:
-    """Change the blocks of a loaded model where their architecture is known to have no other parts.
-
-    Norms that were moved into a product already leave the sums in front of them to the block.
-    """
+    """Change the blocks of a loaded model where their architecture is known to have no other parts."""
     if not spec.plain_steps:
         return
     blocks = spec.blocks_of(model)
@@ -57,7 +54,7 @@ def fuse_steps(model: PreTrainedModel, spec: BlockSpec) -> None:
     _replace_norm(model, spec.final_norm, spec)
     following = [*(block.input_layernorm for block in blocks[1:]), model.get_submodule(spec.final_norm)]
     for block, norm in zip(blocks, following, strict=True):
-        if isinstance(block.post_attention_layernorm, SummingNorm) and isinstance(norm, SummingNorm):
+        if all(isinstance(one, (SummingNorm, MovedNorm)) for one in (block.post_attention_layernorm, norm)):
             block.following_norm = norm
             block.forward = MethodType(_run_block, block)
 

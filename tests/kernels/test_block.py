@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,9 +14,18 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import qrealign_kernels as kernels
 from qrealign_kernels import launches, reference_block
 from qrealign_kernels import reference_calibration as definitions
+from qrealign_kernels.triton_common import interpreting
 
 EPS = 1e-5
 LENGTH = 45
+
+
+@pytest.fixture(autouse=True)
+def few_programs() -> Iterator[None]:
+    """Cut attention into few runs where Triton's interpreter walks through them one after the other."""
+    launch = {"SPLITS": 2, "BLOCK_S": 16, "num_warps": 1}
+    with launches.forced("decode_attention", launch) if interpreting() else nullcontext():
+        yield
 
 
 def step_inputs(
@@ -62,7 +73,7 @@ def test_attention_rounds_where_the_model_rounds(each_backend: str, dtype: torch
 
 @pytest.mark.parametrize("splits", [1, 4, 16])
 def test_attention_does_not_depend_on_how_it_is_cut(each_backend: str, splits: int) -> None:
-    with launches.forced("decode_attention", {"SPLITS": splits, "BLOCK_S": 4, "num_warps": 1}):
+    with launches.forced("decode_attention", {"SPLITS": splits, "BLOCK_S": 16, "num_warps": 1}):
         assert_steps_agree(step_inputs())
 
 
@@ -134,13 +145,27 @@ def test_norm_behind_a_sum_equals_the_definition(
         torch.testing.assert_close(found[1], expected[1], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("tokens", [1, 200])
+@pytest.mark.parametrize("tokens", [1, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gate_equals_the_definition(each_backend: str, poisoned_memory: None, tokens: int, dtype: torch.dtype) -> None:
     gate, up = torch.randn(tokens, 2 * 131).to(dtype).split(131, dim=-1)  # strided rows, as a joined product's are
     found = kernels.silu_mul(gate, up)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(found, definitions.silu_mul_ref(gate, up), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("num_bits", [8, 4])
+def test_codes_behind_a_sum_equal_the_definition(
+    each_backend: str, poisoned_memory: None, offset: float, num_bits: int
+) -> None:
+    x, branch, weight = torch.randn(2, 3, 130), torch.randn(2, 3, 130), torch.rand(130) + 0.5
+    total, found = kernels.add_rms_norm_quantize(x, branch, weight, EPS, offset=offset, num_bits=num_bits)
+    expected = reference_block.add_rms_norm_quantize_ref(x, branch, weight, EPS, offset=offset, num_bits=num_bits)
+    torch.testing.assert_close(total, expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(found.scale, expected[2], rtol=1e-5, atol=0)
+    difference = (found.codes.int() - expected[1].int()).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.003 and found.dtype == x.dtype
 
 
 def test_a_branch_of_another_shape_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from qrealign.deploy.decoder import StaticDecoder
 from qrealign.deploy.layers import SummingNorm
 from qrealign.serve.runner import Runner
 from tests.helpers import random_batch, tiny_model
-from tests.unit.deploy_helpers import greedy
+from tests.unit.deploy_helpers import deployed, greedy
 
 PLAIN = ["llama", "mistral", "qwen2"]
 
@@ -83,6 +84,18 @@ def test_slots_of_different_lengths_give_the_same_logits(model_type: str, counte
         found.append(torch.stack(logits))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
     assert set(counted) == {3}
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16", "w4a8"])
+def test_packed_blocks_give_the_same_logits(tmp_path: Path, scheme: str, counted: list[int]) -> None:
+    _, loaded, _ = deployed(tmp_path, "llama", scheme)
+    input_ids, mask = random_batch(length=10, padding="left")
+    expected = decoded(loaded, input_ids, mask)
+    steps.fuse_steps(loaded, block_spec(loaded.config))
+    found = decoded(loaded, input_ids, mask)
+    assert (found - expected).norm() < 0.01 * expected.norm()  # a code may be rounded the other way
+    assert len(counted) == 8 * loaded.config.num_hidden_layers
+    assert all(block.forward.__func__ is steps._run_block for block in loaded.model.layers)
 
 
 def test_a_norm_keeps_what_it_was_asked_to_sum_and_nothing_else() -> None:
