@@ -68,7 +68,8 @@ def publish(rows: Sequence[Cells], folder: Path, document: Path | None = None) -
     """Return the tables; write them into `document` and the headline figures into the summary."""
     text = decode_table(rows)
     if profiles := read_profiles(folder):
-        text += f"\nMicroseconds of a step by kind of kernel (what lacks is gaps):\n\n{part_table(profiles)}"
+        what = "Microseconds of a step by kind of kernel, each run alone; in a step one starts while the last one ends"
+        text += f"\n{what}:\n\n{part_table(profiles)}"
     if document is not None:
         put_table(document, TABLE, text)
     found = headline(rows)
