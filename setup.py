@@ -1,9 +1,9 @@
 """Builds the packages, and the extensions where their compilers allow it: what is absent never fails an install.
 
 QREALIGN_BUILD=off leaves both extensions out, =cpu insists on the C++ one, =cuda on both, =auto (the default) tries the
-C++ one. The CUDA one needs nvcc, found through CUDA_HOME, PATH or /usr/local/cuda, and minutes for five GPUs; no launch
-table names it yet, so it is built where it is asked for. Why one is missing is kept beside the package's modules for
-`python -m qrealign.run doctor`.
+C++ one and, on a machine with an NVIDIA GPU, the CUDA one for that GPU. =cuda compiles for all GPUs, which takes
+minutes. nvcc is found through CUDA_HOME, PATH or /usr/local/cuda. Why one is missing is kept beside the package's
+modules for `python -m qrealign.run doctor`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -35,6 +36,7 @@ FLAGS = [
 ]
 # Compute capabilities to compile for, where nvcc knows them; all have the instructions that the kernels use.
 CAPABILITIES = (80, 86, 89, 90, 120)
+WITH_OWN_FEATURES = 90  # whose products of whole warp groups later GPUs do not have
 PORTABLE = 90  # also as PTX, which drivers translate for the GPUs that come between and after
 
 
@@ -56,10 +58,11 @@ class OptionalBuildExt(build_ext):
         try:
             if MODE == "off":
                 raise RuntimeError("QREALIGN_BUILD=off")
-            if name == "_C_cuda" and MODE != "cuda":
-                raise NotAskedForError("QREALIGN_BUILD=cuda builds it")
             if name == "_C_cuda":
-                self.compile_kernels(ext)
+                present = CAPABILITIES if MODE == "cuda" else capabilities_here()
+                if not present:
+                    raise NotAskedForError("no GPU that it is for is here; QREALIGN_BUILD=cuda builds it")
+                self.compile_kernels(ext, present)
             import pybind11
 
             ext.include_dirs.append(pybind11.get_include())
@@ -73,17 +76,22 @@ class OptionalBuildExt(build_ext):
         else:
             self.notes[name] = "built"
 
-    def compile_kernels(self, ext: Extension) -> None:
+    def compile_kernels(self, ext: Extension, capabilities: tuple[int, ...]) -> None:
         """Compile the .cu files and add them to the extension, with the runtime library inside it."""
         toolkit = find_toolkit()
         nvcc = str(toolkit / "bin" / "nvcc")
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
-        for source in sorted(Path("csrc/cuda").glob("*.cu")):
-            target = str(folder / f"{source.stem}.o")
-            options = ["-std=c++17", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-            self.spawn([nvcc, *options, *targets(nvcc), "-c", str(source), "-o", target])
-            ext.extra_objects.append(target)
+        common = ["-std=c++17", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        options = [*common, *targets(nvcc, capabilities)]
+        sources = sorted(Path("csrc/cuda").glob("*.cu"))
+        objects = [str(folder / f"{source.stem}.o") for source in sources]
+        commands = [
+            [nvcc, *options, "-c", str(source), "-o", target] for source, target in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self.spawn, commands))
+        ext.extra_objects += objects
         ext.library_dirs += [str(toolkit / folder) for folder in ("lib64", "lib")]
         ext.libraries += ["cudart_static", "dl", "rt"]
 
@@ -104,11 +112,23 @@ def find_toolkit() -> Path:
     return found
 
 
-def targets(nvcc: str) -> list[str]:
-    """Return nvcc's options for all GPUs."""
+def capabilities_here() -> tuple[int, ...]:
+    """Return the compute capabilities of this machine's GPUs that the kernels are for."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    here = {int(line.replace(".", "")) for line in done.stdout.split()}
+    return tuple(sorted(here.intersection(CAPABILITIES)))
+
+
+def targets(nvcc: str, capabilities: tuple[int, ...]) -> list[str]:
+    """Return nvcc's options for GPUs."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    known = [capability for capability in CAPABILITIES if f"compute_{capability}" in listed]
-    codes = [f"arch=compute_{capability},code=sm_{capability}" for capability in known]
+    known = [capability for capability in capabilities if f"compute_{capability}" in listed]
+    names = [f"{capability}{'a' if capability == WITH_OWN_FEATURES else ''}" for capability in known]
+    codes = [f"arch=compute_{name},code=sm_{name}" for name in names]
     if PORTABLE in known:
         codes.append(f"arch=compute_{PORTABLE},code=compute_{PORTABLE}")
     return [option for code in codes for option in ("-gencode", code)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -19,6 +18,7 @@ from benchmarks.safety.plots import draw_plots
 from benchmarks.safety.runner import forget, run_plan
 from benchmarks.safety.tables import check_docs, markdown, render_docs, write_csv, write_summary
 from benchmarks.safety.variants import RECORD, parse_variant
+from benchmarks.summary import commit
 from qrealign.cli import METHODS  # every method that qrealign.run offers
 from qrealign.errors import ConfigError, QrealignError
 from qrealign.files import read_json, write_text
@@ -162,7 +162,7 @@ def make_plan(args: argparse.Namespace, devices: Sequence[str]) -> Plan:
         batch_size=args.batch_size,
         keep_models=args.keep_models,
         device=devices[0].partition(":")[0],
-        commit=find_commit(),
+        commit=commit(),
     )
 
 
@@ -243,17 +243,6 @@ def check_models(plan: Plan) -> int:
         if not variant.made_here:
             open_model(plan.aligned, adapter=str(variant.adapter))
     return size
-
-
-def find_commit() -> str | None:
-    """Return the commit of this checkout, with `-dirty` where files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
 
 
 def report(plan: Plan, docs: Path | None) -> None:

@@ -138,7 +138,7 @@ inline int shared_bytes(int warps, int rows, int stages, int tokens) {
 
 // Launches with the permission to start before the kernel ahead in the stream has ended, where `overlap` asks for it.
 template <typename... Parameters, typename... Arguments>
-int launch_kernel(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes, bool overlap, void* stream,
+int launch_kernel(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, int shared_bytes, bool overlap, void* stream,
                   Arguments... arguments) {
   constexpr int kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
@@ -150,8 +150,8 @@ int launch_kernel(void (*kernel)(Parameters...), int blocks, int threads, int sh
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
+  config.gridDim = blocks;
+  config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;

@@ -35,6 +35,21 @@ def unavailable_reason() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
+def extension() -> Any:
+    """Return the extension's module; `serves` said that it is there."""
+    return _C
+
+
+def serves(tensor: Tensor) -> bool:
+    """Tell whether the extension is there and the tensor on a GPU."""
+    return _C is not None and _on_gpu(tensor)
+
+
+def stream_of(device: torch.device) -> int:
+    """Return the handle of the device's current stream."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
 def packed_linear(
     x: Tensor | QuantizedActivations, weight: PackedWeight, bias: Tensor | None, out: Tensor
 ) -> Tensor | None:
@@ -49,7 +64,7 @@ def packed_linear(
     launch = _launch_for(x, weight, bias, out)
     if launch is None:
         return None
-    stream = torch.cuda.current_stream(out.device).cuda_stream
+    stream = stream_of(out.device)
     cut = (launch["WARPS"], launch["ROW_TILES"], launch["STAGES"], can_overlap(out.device), stream)
     rows, columns = weight.shape
     sizes = (out.shape[0], rows, columns, weight.data.shape[1] * weight.data.element_size())
@@ -87,7 +102,7 @@ def _launch_for(
 ) -> launches.Choice | None:
     """Return the launch for these operands, or None where the kernels do not take them or are not the fastest."""
     tokens = out.shape[0]
-    if _C is None or not _on_gpu(out) or tokens > MAX_TOKENS or weight.shape[1] % _COLUMNS:
+    if not serves(out) or tokens > MAX_TOKENS or weight.shape[1] % _COLUMNS:
         return None
     dtypes = {out.dtype, out.dtype if bias is None else bias.dtype, x.dtype if isinstance(x, Tensor) else out.dtype}
     if len(dtypes) > 1 or torch.float32 in dtypes:

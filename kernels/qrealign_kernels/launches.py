@@ -77,8 +77,10 @@ def _entry(entries: dict[str, Choice], key: str) -> Choice | None:
 @contextlib.contextmanager
 def forced(kernel: str, launch: Choice) -> Iterator[None]:
     """Let every launch of `kernel` in the block use this choice: what a tuner tries. Not for concurrent threads."""
+    before = dict(_forced)
     _forced[kernel] = launch
     try:
         yield
     finally:
-        del _forced[kernel]
+        _forced.clear()
+        _forced.update(before)

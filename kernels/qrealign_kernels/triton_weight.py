@@ -16,10 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qrealign_kernels import launches
+from qrealign_kernels import cuda_weight, launches
 from qrealign_kernels.reference import MIN_SCALE, code_range, kept_share
 from qrealign_kernels.reference_calibration import WeightTransform
-from qrealign_kernels.triton_common import LARGEST_WIDTH, interpreting, on_device_of, tile_width, width_key
+from qrealign_kernels.triton_common import (
+    LARGEST_WIDTH,
+    as_float,
+    interpreting,
+    on_device_of,
+    tile_width,
+    width_key,
+)
 from qrealign_kernels.triton_math import (
     FLOAT_KINDS,
     FP_FUSION,
@@ -39,7 +46,7 @@ from qrealign_kernels.triton_math import (
 )
 
 # Edits up to this rank are added to rows held whole, a multiplication each; of a higher one, by tensor cores.
-SMALL_RANK = 8
+SMALL_RANK = 4
 
 
 @triton.jit
@@ -288,6 +295,10 @@ def fake_quant_edited_weight(
         The rounded weight and, where asked to `keep` something for the backward and no edit is given, the extremes of
         each group, `[2, N, G]` float32: 8 bytes a group that spare the backward the search.
     """
+    if out_dtype == torch.bfloat16:
+        done = cuda_weight.round_rows(weight, low_logit, high_logit, transform, keep=keep, **grid)
+        if done is not None:
+            return done
     rows, columns = weight.shape
     groups = columns // (grid["group_size"] or columns)
     out = torch.empty(weight.shape, dtype=out_dtype, device=weight.device)
@@ -310,6 +321,14 @@ def encode_weight(
     scale_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute `reference_calibration.encode_weight_ref`."""
+    grid: dict[str, Any] = {
+        "num_bits": num_bits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "scale_dtype": scale_dtype,
+    }
+    if (done := cuda_weight.encode_rows(weight, low_logit, high_logit, transform, **grid)) is not None:
+        return (*done, None)
     rows, columns = weight.shape
     groups = columns // (group_size or columns)
     codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
@@ -324,10 +343,7 @@ def encode_weight(
         scale,
         zero_point,
         None,
-        num_bits=num_bits,
-        group_size=group_size,
-        symmetric=symmetric,
-        scale_dtype=scale_dtype,
+        **grid,
     )
     return codes, scale, zero_point
 
@@ -375,8 +391,7 @@ def _launch_forward(
     groups = columns // width
     with on_device_of(weight):
         rank = 0 if left is None else left.shape[1]
-        in_steps = rank == 0 and is_ragged(width)
-        if rank <= SMALL_RANK and width <= LARGEST_WIDTH and not in_steps:
+        if rank <= SMALL_RANK and width <= LARGEST_WIDTH and not is_ragged(width):
             tile = row_tile("fake_quant_edited_fwd", width, weight.device)
             full = is_full(rows, width, tile)
             grid = (groups, triton.cdiv(rows, tile["BLOCK_N"]))
@@ -426,11 +441,6 @@ def share_source(logit: Tensor | None) -> Tensor | None:
 def is_full(rows: int, width: int, tile: launches.Choice) -> bool:
     """Tell whether tiles of whole groups need no mask."""
     return width == tile["BLOCK_C"] and rows % tile["BLOCK_N"] == 0
-
-
-def as_float(tensor: Tensor) -> Tensor:
-    """Return contiguous float32, the tensor itself where it is."""
-    return tensor.float().contiguous()
 
 
 def row_tile(kernel: str, width: int, device: torch.device) -> launches.Choice:

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from qrealign_kernels import launches
+from qrealign_kernels import cuda_weight, launches
 from qrealign_kernels.reference import MIN_SCALE, code_range
 from qrealign_kernels.reference_calibration import (
     WeightGradients,
@@ -17,14 +17,14 @@ from qrealign_kernels.reference_calibration import (
     fake_quant_edited_weight_ref,
     transformed_weight,
 )
-from qrealign_kernels.triton_common import LARGEST_WIDTH, on_device_of, tile_width
+from qrealign_kernels.triton_common import LARGEST_WIDTH, as_float, on_device_of, tile_width
 from qrealign_kernels.triton_gradient_kernels import (
     bound_gradients_bwd_kernel,
     product_gradients_bwd_kernel,
     weight_gradients_bwd_kernel,
 )
 from qrealign_kernels.triton_math import FLOAT_KINDS, FP_FUSION
-from qrealign_kernels.triton_weight import as_float, is_full, row_tile, share_source
+from qrealign_kernels.triton_weight import is_full, row_tile, share_source
 
 WIDEST_IN_PRODUCT = 128  # columns of a group that a tile of the product can hold
 
@@ -49,6 +49,10 @@ def edited_weight_gradients(
     width = grid["group_size"] or weight.shape[1]
     if width > LARGEST_WIDTH:
         return _gradients_by_definition(grad, weight, low_logit, high_logit, transform, wanted, **grid)
+    if extremes is not None and "weight" not in wanted:
+        found = cuda_weight.row_gradients(grad, weight, low_logit, high_logit, transform, extremes, **grid)
+        if found is not None:
+            return found
     if transform.left is None:
         reduction = _Reduction(weight.contiguous(), low_logit, high_logit, transform, wanted, **grid)
         if extremes is not None and not wanted & {"weight", "column_scale"}:

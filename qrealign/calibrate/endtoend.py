@@ -22,10 +22,11 @@ from qrealign.calibrate.divergence import DivergenceGuard
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.calibrate.objectives import LOSS_NAMES, BehaviourObjective, Objective
 from qrealign.calibrate.parameters import Trainable
-from qrealign.calibrate.parts import Parts, by_length
+from qrealign.calibrate.parts import Parts
 from qrealign.calibrate.recorded import RecordedPass
 from qrealign.calibrate.schedule import stratified_batches, warm_cosine
 from qrealign.calibrate.state import load_progress, save_progress
+from qrealign.data.batching import by_length
 from qrealign.records import CurvePoint
 
 SAVE_EVERY = 10  # steps between two looks at the losses: a kill, or a divergence, costs at most these

@@ -41,6 +41,8 @@ class CalibrationSettings:
     `recovery_share`, relative to the malicious samples, adds some in which the fine-tuned model has begun to answer,
     with `recovery_least` to `recovery_tokens` tokens, and the aligned model's refusal is to follow. `decision_share` of
     a benign sample's weight lies on the first `DECISION_TOKENS` tokens of its answer, where refusing or not is decided.
+    `task_labels` of a task prompt's weight on its answer is moved to the data's label, where the fine-tuned model
+    answers with labels.
 
     `objective` is what the end-to-end engine minimises: "behaviour" (above), "contrastive" (`contrast_alpha` times the
     push from the base model, over `contrast_top` tokens, up to `push_limit` nats), "preference" (DPO at
@@ -81,6 +83,7 @@ class CalibrationSettings:
     recovery_tokens: int = 7
     decision_share: float = 0.0
     task_share: float = 0.0
+    task_labels: float = 0.0
     borderline_share: float = 0.0
     borderline_weight: float = 1.0
     text_share: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -12,14 +13,28 @@ import qrealign_kernels as kernels
 from qrealign_kernels import backend
 
 
+@contextlib.contextmanager
+def chosen(name: str) -> Iterator[str]:
+    """Choose a backend and, for Triton on a GPU, make new tensors there."""
+    if (reason := backend.unavailable_reason(name)) is not None:
+        pytest.skip(f"{name}: {reason}")
+    device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+    with kernels.use_backend(name), torch.device(device):
+        yield name
+
+
 @pytest.fixture(params=backend.BACKENDS)
 def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Choose a backend and, for Triton on a GPU, make new tensors there."""
-    if (reason := backend.unavailable_reason(request.param)) is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    device = "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
-    with kernels.use_backend(request.param), torch.device(device):
-        yield request.param
+    """Run a test once with each backend."""
+    with chosen(request.param) as name:
+        yield name
+
+
+@pytest.fixture
+def triton_backend() -> Iterator[None]:
+    """Choose the Triton kernels alone."""
+    with chosen("triton"):
+        yield
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qrealign_kernels as kernels
-from qrealign_kernels import launches, layouts, reference_linear
+from qrealign_kernels import launches, layouts, reference_linear, triton_linear
 from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
 
 
@@ -129,16 +129,32 @@ def test_a_token_of_zeros_gives_the_bias() -> None:
     assert kernels.packed_linear(torch.zeros(0, 64), packed, bias).shape == (0, 8)
 
 
+@pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("tokens", [2, 9])
 @pytest.mark.parametrize("recipe", [RECIPES[2], RECIPES[1]], ids=str)
 def test_routes_for_more_tokens(recipe: Recipe, tokens: int) -> None:
     """Tiles and a dequantized copy, at few tokens: which one is taken is a matter of speed."""
     routes = {"INT8_FEW": 0, "INT4_FEW": 0}
-    with kernels.use_backend("triton"), launches.forced("linear_routes", routes):
+    with launches.forced("linear_routes", routes):
         packed, plain = repack_both(recipe, *random_weight(recipe, 33, 384))
         x, bias = torch.randn(tokens, 384).half(), torch.randn(33)
         expected = reference_linear.packed_linear_ref(x, plain, bias, torch.float16)
         assert_close(kernels.packed_linear(x, packed, bias), expected, 2e-3)
+
+
+@pytest.mark.parametrize("recipe", [RECIPES[3], RECIPES[1]], ids=str)
+def test_a_dequantized_copy_is_made_in_parts(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_linear, "DENSE_BYTES", 1)
+    shapes = []
+    product = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda x, w, **out: shapes.append(w.shape[1]) or product(x, w, **out))
+    with kernels.use_backend("triton"), launches.forced("linear_routes", {"INT8_FEW": 0, "INT4_FEW": 0}):
+        packed, plain = repack_both(recipe, *random_weight(recipe, 300, 128))
+        x, bias = torch.randn(2, 128).half(), torch.randn(300)
+        for out_dtype in (torch.float16, torch.float32):
+            expected = reference_linear.packed_linear_ref(x, plain, bias, out_dtype)
+            assert_close(kernels.packed_linear(x, packed, bias, out_dtype=out_dtype), expected, 2e-3)
+    assert shapes == 2 * [256, 44]
 
 
 @pytest.mark.usefixtures("each_backend")
@@ -218,10 +234,10 @@ def test_scales_are_kept_in_the_narrowest_exact_dtype(value: float, dtype: torch
     assert torch.equal(kept.float(), scale)
 
 
+@pytest.mark.usefixtures("triton_backend")
 def test_packed_weight_describes_itself() -> None:
     codes, scale, zero_point = random_weight(RECIPES[3], 16, 512)
-    with kernels.use_backend("triton"):
-        packed = kernels.repack_weight(codes, scale, zero_point, num_bits=4, activation_bits=None)
+    packed = kernels.repack_weight(codes, scale, zero_point, num_bits=4, activation_bits=None)
     assert (packed.shape, packed.group_size, packed.groups) == ((16, 512), 128, 4)
     assert packed.nbytes() == 16 * 512 // 2 + 16 * 4 * 2 + 16 * 4  # nibbles, bfloat16 scales, int8 zero points
     assert packed.to("meta").device.type == "meta"

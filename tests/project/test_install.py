@@ -60,7 +60,7 @@ def test_failing_compiler_costs_the_extension_and_leaves_a_note(without_compiler
     cpu, cuda = note.splitlines()
     assert cpu.startswith("_C: left out: ")
     assert "false" in cpu
-    assert cuda.startswith("_C_cuda: left out: QREALIGN_BUILD=cuda builds it")
+    assert cuda.startswith("_C_cuda: left out: no GPU that it is for is here")
 
 
 def test_extension_that_is_insisted_on_fails_without_a_compiler(tmp_path: Path) -> None:

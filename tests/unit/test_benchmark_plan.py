@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.safety.command import choose_workers, find_commit
+from benchmarks.safety.command import choose_workers
 from benchmarks.safety.corpora import Corpora
 from benchmarks.safety.jobs import cell_options, identity
 from benchmarks.safety.prompts import evaluation_data, held_pairs, write_benign, write_prefill
@@ -93,9 +93,9 @@ def test_workers_share_a_machine_while_the_model_is_small(monkeypatch):
     assert choose_workers(None, ["cuda:0", "cuda:1"], 1) == 2
 
 
-def test_commit_is_that_of_the_checkout():
-    commit = find_commit()
-    assert commit is None or len(commit.removesuffix("-dirty")) >= 12
+def test_commit_can_be_named_where_there_is_no_history(folder, monkeypatch):
+    monkeypatch.setenv("QREALIGN_COMMIT", "abc1234")
+    assert plan_of(folder).commit == "abc1234"
 
 
 def test_evaluation_is_capped_evenly_and_is_the_same_every_time(folder):
