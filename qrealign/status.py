@@ -29,3 +29,10 @@ def exit_status(run: Callable[[], int], *, interrupted: str) -> int:
     except KeyboardInterrupt:
         print(f"interrupted: {interrupted}", file=sys.stderr)
         return INTERRUPTED
+    except RuntimeError as error:
+        from qrealign_kernels import BackendUnavailableError  # not above: it imports torch
+
+        if not isinstance(error, BackendUnavailableError):
+            raise
+        print(f"error: {error} (QREALIGN_BACKEND)", file=sys.stderr)
+        return BAD_INPUT

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "intervals": set(),
     "records": {"config", "errors"},
     "resources": {"errors", "records"},
-    "status": {"errors"},
+    "status": {"errors", "qrealign_kernels"},
     "models": FOUNDATION,
     "data": FOUNDATION,
     "judges": FOUNDATION | {"data", "models"},

@@ -13,6 +13,7 @@ from qrealign.errors import (
     SchemeError,
 )
 from qrealign.status import BAD_INPUT, FAILED, INTERRUPTED, exit_status
+from qrealign_kernels import BackendUnavailableError
 
 
 def ending(error: BaseException) -> int:
@@ -42,5 +43,11 @@ def test_from_what_failed_on_the_way(kind: type[Exception]) -> None:
 def test_interrupts_say_how_to_go_on_and_bugs_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert ending(KeyboardInterrupt()) == INTERRUPTED
     assert capsys.readouterr().err == "interrupted: go on\n"
-    with pytest.raises(ZeroDivisionError):
-        ending(ZeroDivisionError())
+    for bug in (ZeroDivisionError, RuntimeError):
+        with pytest.raises(bug):
+            ending(bug())
+
+
+def test_a_backend_that_cannot_be_used_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ending(BackendUnavailableError("backend 'triton' is not usable")) == BAD_INPUT
+    assert capsys.readouterr().err == "error: backend 'triton' is not usable (QREALIGN_BACKEND)\n"
