@@ -166,8 +166,8 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
         choices=("auto", "resident", "low", "streamed"),
         metavar="NAME",
         help="where weights are: resident on the device, low (up to 8 GiB of their blocks there, the others come from "
-        "the host), streamed (all of them come); auto (default) keeps what fits. The block-wise engine holds one block, "
-        "and with low or streamed its activations on the host",
+        "the host), streamed (all of them come); auto (default) keeps what fits. The block-wise engine holds one "
+        "block, and with low or streamed its activations on the host",
     )
     group.add_argument(
         "--resume",
