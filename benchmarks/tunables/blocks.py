@@ -35,18 +35,14 @@ def attention_calls(batch: int, heads: int, groups: int) -> Calls:
     for _ in range(count):
         states = torch.randn(batch, heads + 2 * groups, HEAD_SIZE, device="cuda").bfloat16()
         turn = torch.rand(1, HEAD_SIZE, device="cuda").bfloat16().expand(batch, -1)
-        query, key, value = states.split([heads, groups, groups], dim=1)
-        keys, values = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        buffers = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
         steps.append(
             partial(
                 kernels.decode_attention,
-                query,
-                key,
-                value,
+                *states.split([heads, groups, groups], dim=1),
                 turn,
                 turn,
-                keys,
-                values,
+                *buffers,
                 torch.full((1,), FILLED, device="cuda"),
                 torch.ones(batch, CELLS, device="cuda", dtype=torch.bool),
                 length=CELLS,
