@@ -12,7 +12,8 @@ from typing import Any
 
 from benchmarks.docs import put_table, split_document
 from benchmarks.safety.aggregate import SHARES, Comparison, Estimate, Failure, Result, Row
-from benchmarks.safety.plan import REFERENCES, Plan
+from benchmarks.safety.plan import OURS, REFERENCES, Plan
+from benchmarks.summary import record
 from qrealign.files import write_json, write_text
 
 COLUMNS = (
@@ -40,6 +41,7 @@ TITLES = {
     "seconds": "repair, s",
 }
 NAMES = {"base": "base model", "aligned": "aligned model", "finetuned": "fine-tuned model", "rtn": "`rtn` (plain PTQ)"}
+HEADLINE = ("harmful_score", "over_refusal", "refusal_rate", "task_accuracy", "perplexity", "prefill_attack")
 DOCS_NAME = "safety table"
 LEGEND = (
     "Means over seeds. Brackets: 95 % interval over prompts (Wilson, a prompt's seeds counted as one cluster); "
@@ -198,6 +200,21 @@ def write_summary(
             "machines": [dict(item) for item in sorted({tuple(sorted(r.machine.items())) for r in results})],
         },
     )
+
+
+def record_headline(path: Path, rows: Sequence[Row], results: Sequence[Result]) -> None:
+    """Keep this project's own figures of the first variant, by scheme, in the summary of all benchmarks."""
+    ours = [row for row in rows if row.method == OURS and row.variant == rows[0].variant]
+    values = {
+        f"{row.scheme}_{name}": round(row.figures[name].mean, 2)
+        for row in ours
+        for name in HEADLINE
+        if name in row.figures
+    }
+    if values:
+        last = max((result for result in results if result.job.method == OURS), key=lambda result: result.date)
+        stamp = {"device": last.machine["device"], "torch": last.machine["torch"]}
+        record("safety", values, stamp={**stamp, "commit": last.commit or "unknown", "date": last.date}, path=path)
 
 
 def check_docs(path: Path) -> None:
