@@ -86,7 +86,7 @@ def markdown(
     if len({row.variant for row in rows}) > 1:
         parts += ["### Over variants", _over_variants(rows)]
     if failures:
-        parts += ["### Not measured", "\n".join(f"- `{failure.job.name}`: {failure.error}" for failure in failures)]
+        parts += ["### Not measured", _missing(failures)]
     return "\n\n".join([*parts, _provenance(results)]) + "\n"
 
 
@@ -150,6 +150,20 @@ def _over_variants(rows: Sequence[Row]) -> str:
         cells = [f"{fmean(v):.1f} [{min(v):.1f}-{max(v):.1f}]" if v else "" for v in means.values()]
         lines.append([scheme.upper() or "none", _name(method), str(len(group)), *cells])
     return _grid(lines, left=2)
+
+
+def _missing(failures: Sequence[Failure]) -> str:
+    """Return a line per variant, method and reason, with the schemes and seeds that it is about."""
+    groups: dict[tuple[str, str, str], dict[str, list[int]]] = {}
+    for failure in failures:
+        job = failure.job
+        schemes = groups.setdefault((job.variant, job.method, failure.error), {})
+        schemes.setdefault(job.scheme, []).append(job.seed)
+    lines = []
+    for (variant, method, error), schemes in groups.items():
+        cells = [f", {scheme.upper()} seed {' '.join(map(str, seeds))}" for scheme, seeds in schemes.items() if scheme]
+        lines.append(f"- `{variant}`, {_name(method)}{''.join(cells)}: {error}")
+    return "\n".join(lines)
 
 
 def _grid(lines: Sequence[Sequence[str]], *, left: int) -> str:

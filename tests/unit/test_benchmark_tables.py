@@ -115,11 +115,15 @@ def test_methods_without_a_common_seed_or_prompt_are_not_compared():
 
 def test_markdown_names_failures_schemes_and_provenance():
     rows = rows_of([*RESULTS, *(result("rtn", "1100", variant="w", scheme=s) for s in ("w8a8", "w4a4"))])
-    failure = Failure(job=Job(kind="cell", variant="v", method="paper", scheme="w4a4", seed=2), error="it diverged")
-    text = markdown(rows, comparisons_of(rows), [failure], RESULTS)
+    missing = [("w4a4", 1, "it diverged"), ("w4a4", 2, "it diverged"), ("w8a8", 0, "it diverged"), ("w8a8", 2, "late")]
+    failures = [
+        Failure(job=Job(kind="cell", variant="v", method="paper", scheme=scheme, seed=seed), error=error)
+        for scheme, seed, error in missing
+    ]
+    text = markdown(rows, comparisons_of(rows), failures, RESULTS)
     assert "| none | aligned model | 1 | 10.0 (1.8-40.4) |" in text
     assert "| W8A8 | `realign` | 2 | 25.0 (" in text and "±7.1" in text
-    assert "- `v/paper-w4a4-s2`: it diverged" in text
+    assert "- `v`, `paper`, W4A4 seed 1 2, W8A8 seed 0: it diverged\n- `v`, `paper`, W8A8 seed 2: late" in text
     assert "Measured at commit abc on a CPU, torch 2, transformers 5, Python 3.12." in text
     assert "| W8A8 | `rtn` (plain PTQ) | 2 | 70.0 [50.0-90.0] |" in text  # over variants: mean, lowest, highest
     assert "| W8A8 | `realign` | `rtn` (plain PTQ) | -65.0, p " in text
