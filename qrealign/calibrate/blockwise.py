@@ -26,7 +26,7 @@ from qrealign.calibrate.losses import alignment_loss, reconstruction_loss
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.calibrate.parameters import BlockContext, Trainable
 from qrealign.calibrate.schedule import block_epochs, stratified_batches
-from qrealign.calibrate.state import SaveClock, load_progress, save_progress
+from qrealign.calibrate.state import load_progress, save_progress
 from qrealign.calibrate.streams import InputMaxima, Inputs, Streams, advance, stream_place
 from qrealign.config import QuantScheme
 from qrealign.data.capture import run_block
@@ -38,6 +38,7 @@ from qrealign.records import CurvePoint
 
 STREAM_TOKENS = {"cuda": 8192, "cpu": 2048}  # of a pass that moves a stream on
 WRITERS = 3  # frozen blocks on their way to the disk at a time
+SAVE_SECONDS = 10  # between two saves on a GPU, where a block takes less than writing the streams: a kill costs these
 
 
 @dataclass(kw_only=True)
@@ -88,7 +89,7 @@ class BlockwiseCalibrator:
             CalibrationDivergedError: a block's losses stayed non-finite after the restarts.
         """
         start = self._resume()
-        self._clock, self._delivered = SaveClock(self.device), list[Future[None]]()
+        self._saved, self._delivered = time.perf_counter(), list[Future[None]]()
         self._place = stream_place(self.device, self.dtype, low_memory=self.low_memory)
         self.streams = Streams(**{name: self._place(stream) for name, stream in self.streams.tensors().items()})
         self.classes = self.inputs.malicious.cpu()
@@ -220,7 +221,10 @@ class BlockwiseCalibrator:
 
     def _deliver(self, index: int, frozen: nn.Module) -> None:
         """Hand a block over and save the progress, on a GPU while the next blocks are trained."""
-        saves, streams = self._clock.is_due(), self.streams.tensors()
+        now = time.perf_counter()
+        saves = self.device.type == "cpu" or now - self._saved >= SAVE_SECONDS
+        self._saved = now if saves else self._saved
+        streams = self.streams.tensors()
         extra = {
             "done": index + 1,
             "curve": [asdict(point) for point in self.curve],

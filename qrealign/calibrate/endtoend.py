@@ -25,11 +25,11 @@ from qrealign.calibrate.parameters import Trainable
 from qrealign.calibrate.parts import Parts
 from qrealign.calibrate.recorded import RecordedPass
 from qrealign.calibrate.schedule import stratified_batches, warm_cosine
-from qrealign.calibrate.state import SaveClock, load_progress, save_progress
+from qrealign.calibrate.state import load_progress, save_progress
 from qrealign.data.batching import by_length
 from qrealign.records import CurvePoint
 
-LOOK_EVERY = 10  # steps between two looks at the losses: a divergence costs at most these, and so does a kill on a CPU
+SAVE_EVERY = 10  # steps between two looks at the losses: a kill, or a divergence, costs at most these
 # What another pass costs a CPU, in tokens: the weights are rounded anew. A GPU reads them from memory for it, which is
 # worth more tokens than padding ever wastes.
 PASS_TOKENS = 20
@@ -79,7 +79,7 @@ class EndToEndCalibrator:
     def run(self, *, progress: str | None, on_step: Callable[[int], None] | None = None) -> list[CurvePoint]:
         """Train to the last step, from the last saved one, and return the loss curve.
 
-        Losses stay on the device and are read every `LOOK_EVERY` steps, so that the host never waits for one step. A
+        Losses stay on the device and are read every `SAVE_EVERY` steps, so that the host never waits for one step. A
         loss that was not finite is found then, and the whole stretch is taken back.
 
         Raises:
@@ -88,10 +88,9 @@ class EndToEndCalibrator:
         step = self._resume()
         guard = DivergenceGuard(self.trainable, "the end-to-end engine")
         guard.step = step
-        clock = SaveClock(self.model.device)
         with tqdm(total=self.settings.steps, initial=step, desc=progress, disable=progress is None, unit="step") as bar:
             while step < self.settings.steps:
-                first, step = step, min(self.settings.steps, (step // LOOK_EVERY + 1) * LOOK_EVERY)
+                first, step = step, min(self.settings.steps, (step // SAVE_EVERY + 1) * SAVE_EVERY)
                 unread: list[Losses] = []
                 for taken in range(first, step):
                     unread.append(self._step(taken))
@@ -107,8 +106,7 @@ class EndToEndCalibrator:
                     {name: f"{value:.3f}" for name, value in self.curve[-1].losses.items() if name != "total"}
                 )
                 guard.mark(step)
-                if self.team.leads and clock.is_due():
-                    self._save(step)
+                self._save(step)
         return self.curve
 
     def _read(self, unread: Sequence[Losses], first: int) -> int | None:
@@ -156,6 +154,8 @@ class EndToEndCalibrator:
         return {name: value.detach() for name, value in losses.items()}
 
     def _save(self, step: int) -> None:
+        if not self.team.leads:
+            return
         extra = {
             "step": step,
             "rate_factor": self.trainable.rate_factor,

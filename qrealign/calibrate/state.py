@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qrealign.errors import ResumeError
 from qrealign.files import write_tensors
-
-SAVE_SECONDS = 10  # between two saves on a GPU, where writing takes longer than what would be lost: a kill costs these
-
-
-class SaveClock:
-    """Tells when progress is to be saved: on a CPU whenever it is asked, on a GPU every `SAVE_SECONDS`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._every = 0 if device.type == "cpu" else SAVE_SECONDS
-        self._last = time.perf_counter()
-
-    def is_due(self) -> bool:
-        """Return whether to save now; the next save is counted from here then."""
-        now = time.perf_counter()
-        if now - self._last < self._every:
-            return False
-        self._last = now
-        return True
 
 
 def save_progress(path: Path, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:

@@ -13,7 +13,6 @@ from qrealign.calibrate.handover import HandOver
 from qrealign.calibrate.methods import method_settings
 from qrealign.calibrate.parameters import BlockContext, Trainable
 from qrealign.calibrate.schedule import Plateau
-from qrealign.calibrate.state import SaveClock
 from qrealign.calibrate.streams import Inputs, Streams, advance, stream_place
 from qrealign.config import parse_scheme
 from qrealign.data.capture import run_block
@@ -188,11 +187,3 @@ def test_streams_in_host_memory_are_read_and_written_by_the_gpu():
         assert stream.device.type == "cuda" and torch.equal(stream, hidden)
     assert torch.equal(*results) and torch.equal(results[0][1], hidden[1]) and not torch.equal(results[0][2], hidden[2])
     assert Streams(student=results[1], finetuned=results[1]).tensors()["student"].cpu().equal(results[0].cpu())
-
-
-def test_progress_is_saved_always_on_a_cpu_and_now_and_then_on_a_gpu(monkeypatch):
-    assert [SaveClock(CPU).is_due() for _ in range(2)] == [True, True]
-    times = iter([0.0, 4.0, 10.0, 19.0, 20.5])
-    monkeypatch.setattr("qrealign.calibrate.state.time.perf_counter", lambda: next(times))
-    clock = SaveClock(GPU)
-    assert [clock.is_due() for _ in range(4)] == [False, True, False, True]
