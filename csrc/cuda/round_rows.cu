@@ -147,8 +147,8 @@ int launch(const void* weight, RowTransform transform, CodeGrid codes, RoundedRo
   const int vectors = (columns + kVector - 1) / kVector, threads = ((vectors + kVectors - 1) / kVectors + kWarp - 1) / kWarp * kWarp;
   if (threads > kMaxWarps * kWarp) return -1;
   const int blocks = std::min(launch.blocks * launch.multiprocessors, (rows + kRows - 1) / kRows);
-  return launch_kernel(round_rows_kernel<kVectors, kRows>, blocks, std::max(threads, kRows * kWarp), 0, false, stream,
-                       static_cast<const __nv_bfloat16*>(weight), transform, codes, out, rows, columns);
+  const Layout layout = {dim3(blocks), dim3(std::max(threads, kRows * kWarp)), 0, false};
+  return launch_kernel(round_rows_kernel<kVectors, kRows>, layout, stream, static_cast<const __nv_bfloat16*>(weight), transform, codes, out, rows, columns);
 }
 
 }  // namespace

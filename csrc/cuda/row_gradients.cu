@@ -279,11 +279,11 @@ int launch(const void* grad, const void* weight, const float* extremes, RowTrans
                                         : row_gradients_kernel<kVectors, kRows, true, false>)
                              : (divided ? row_gradients_kernel<kVectors, kRows, false, true>
                                         : row_gradients_kernel<kVectors, kRows, false, false>);
-  const int code = launch_kernel(kernel, dim3(blocks), dim3(threads), shared, false, stream, static_cast<const __nv_bfloat16*>(grad),
+  const int code = launch_kernel(kernel, {dim3(blocks), dim3(threads), shared, false}, stream, static_cast<const __nv_bfloat16*>(grad),
                                  static_cast<const __nv_bfloat16*>(weight), extremes, transform, codes, out, rows, columns);
   if (code != 0 || !scaled) return code;
-  return launch_kernel(sum_columns_kernel, dim3((columns + kSummedColumns - 1) / kSummedColumns), dim3(kSummedColumns, kSummers), 0,
-                       true, stream, static_cast<const float*>(out.partial), out.column_scale, blocks, columns);
+  const Layout summing = {dim3((columns + kSummedColumns - 1) / kSummedColumns), dim3(kSummedColumns, kSummers), 0, true};
+  return launch_kernel(sum_columns_kernel, summing, stream, static_cast<const float*>(out.partial), out.column_scale, blocks, columns);
 }
 
 }  // namespace

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,31 +9,10 @@ from torch import Tensor
 import qrealign_kernels as kernels
 from qrealign_kernels import cuda, launches, layouts, reference_linear
 from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
+from tests.kernels.conftest import LAUNCHES, STREAM, Recorder
 
-LAUNCH = {"WARPS": 8, "ROW_TILES": 1, "STAGES": 2}
-CUT = (8, 1, 2, False)
-STREAM = 7
-
-
-class Recorder:
-    """Stands in for the extension and keeps what it was called with."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: self.calls.append((name, arguments))
-
-
-@pytest.fixture
-def extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
-    """Let tensors of the CPU count as a GPU's, and record what would be launched."""
-    recorder = Recorder()
-    monkeypatch.setattr(cuda, "_C", recorder)
-    monkeypatch.setattr(cuda, "_on_gpu", lambda tensor: True)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=STREAM))
-    with launches.forced("cuda_int4", LAUNCH), launches.forced("cuda_int8", LAUNCH):
-        yield recorder
+LAUNCH = LAUNCHES["cuda_int4"]
+CUT = (*LAUNCH.values(), False)
 
 
 def packed(

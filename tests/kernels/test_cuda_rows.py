@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,32 +16,10 @@ from qrealign_kernels.reference_calibration import (
     encode_weight_ref,
     fake_quant_edited_weight_ref,
 )
+from tests.kernels.conftest import LAUNCHES, STREAM, Recorder
 
 GRID: dict[str, Any] = {"num_bits": 8, "group_size": None, "symmetric": True, "scale_dtype": torch.bfloat16}
-LAUNCH = {"VECTORS": 1, "BLOCKS": 2}
-STREAM = 7
-
-
-class Recorder:
-    """Stands in for the extension and keeps what it was called with."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: self.calls.append((name, arguments))
-
-
-@pytest.fixture
-def extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
-    """Let tensors of the CPU count as a GPU's, and record what would be launched."""
-    recorder = Recorder()
-    monkeypatch.setattr(cuda, "_C", recorder)
-    monkeypatch.setattr(cuda, "_on_gpu", lambda tensor: True)
-    monkeypatch.setattr(cuda_weight, "_multiprocessors", lambda device: 3)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=STREAM))
-    with launches.forced("cuda_round_rows", LAUNCH), launches.forced("cuda_row_gradients", LAUNCH):
-        yield recorder
+LAUNCH = LAUNCHES["cuda_round_rows"]
 
 
 def test_rounding_keeps_the_extremes_that_the_backward_reads(extension: Recorder) -> None:
