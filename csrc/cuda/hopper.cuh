@@ -79,9 +79,8 @@ __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address) {
 }
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void finish_products() {
-  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
-}
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void finish_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
 // sums += left [64, 16] @ right [kWidth, 16].T in bfloat16, by a warp group. `left` are this thread's fragments, `right` a descriptor.
 template <int kWidth>

@@ -17,6 +17,7 @@ constexpr int kGroupThreads = 128, kWorkers = 2 * kGroupThreads, kThreads = 3 * 
 constexpr int kStep = 64, kStepBytes = 2 * kStep, kBlock = 256;  // columns, bytes of a token's, columns
 constexpr int kGroupRows = 64;                                   // of a warp group's product
 constexpr int kPad = 8;                                          // elements between rows of the result in shared memory, against bank conflicts
+constexpr float kPlanted = 128.0f;  // a nibble behind its leading bit
 constexpr int kNoShift = 30;                                     // puts every half of a block into group 0
 
 template <int kTokens>
@@ -26,15 +27,46 @@ constexpr int kStages = kTokens == 256 ? 6 : 8;
 struct Fetched {
   uint2 words[2][4];
   __nv_bfloat16 scale[2][2];
-  int8_t zero_point[2][2];
+  int zero_point[2][2] = {};
 };
 
-// Nibbles `shift` of a pair of half words as weights: planted into the mantissas of 128, whose last place is 1.
-__device__ __forceinline__ uint32_t decode(uint32_t halves, int shift, __nv_bfloat162 offset, __nv_bfloat162 scale) {
-  uint32_t bits = (halves >> shift & 0x000f000fu) | 0x43004300u;
-  const __nv_bfloat162 weights = __hmul2(__hsub2(reinterpret_cast<__nv_bfloat162&>(bits), offset), scale);
-  return reinterpret_cast<const uint32_t&>(weights);
-}
+// The same, ready to be decoded: pairs of half words, and what is subtracted from and multiplied to their weights. Lower half words
+// hold planes 0, 1, 4 and 5, upper ones 2, 3, 6 and 7; where two warp groups share rows, each takes one kind.
+template <bool kSharedRows>
+struct Halves {
+  uint32_t pairs[kSharedRows ? 1 : 2][2][4];
+  __nv_bfloat162 scale[2][2], offset[2][2];
+
+  __device__ Halves(const Fetched& fetched, int group) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint2 words = fetched.words[r][j];
+        pairs[0][r][j] = __byte_perm(words.x, words.y, kSharedRows && group == 1 ? 0x7632 : 0x5410);
+        if constexpr (!kSharedRows) pairs[1][r][j] = __byte_perm(words.x, words.y, 0x7632);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        scale[r][half] = __bfloat162bfloat162(fetched.scale[r][half]);
+        offset[r][half] = __float2bfloat162_rn(kPlanted + 8 + fetched.zero_point[r][half]);
+      }
+    }
+  }
+
+  // Makes the fragments of the group's step `index` of the block: nibbles are planted into the mantissas of 128, whose last place is 1.
+  __device__ __forceinline__ void decode(uint32_t (&left)[4][4], int index) const {
+    const int half = kSharedRows ? index : index / 2;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int product = i / 4, r = i % 2, j = product % 2 * 2 + i % 4 / 2;
+      uint32_t bits = (pairs[kSharedRows ? 0 : index % 2][r][j] >> (half * 4 + product / 2 * 8) & 0x000f000fu) | 0x43004300u;
+      const __nv_bfloat162 codes = __hsub2(reinterpret_cast<__nv_bfloat162&>(bits), offset[r][half]);
+      const __nv_bfloat162 weights = __hmul2(codes, scale[r][half]);
+      left[product][i % 4] = reinterpret_cast<const uint32_t&>(weights);
+    }
+  }
+};
 
 __device__ __forceinline__ void meet_workers() { asm volatile("bar.sync 1, %0;" ::"n"(kWorkers) : "memory"); }
 
@@ -112,39 +144,26 @@ __global__ void __launch_bounds__(kThreads, 1)
     float sums[kTokens / 2] = {};
     int stage = kSharedRows ? group : 0, parity = 0;
     Fetched next = fetch(0);
+    Halves<kSharedRows> here(next, group);
+    next = fetch(min(1, blocks - 1));
+    uint32_t left[2][4][4];  // of a step's four products, by turns: one is multiplied while the other is made
+    here.decode(left[0], 0);
     for (int block = 0; block < blocks; ++block) {
-      const Fetched now = next;
-      if (block + 1 < blocks) next = fetch(block + 1);
-      uint32_t low[2][4], high[2][4];  // planes 0, 1, 4, 5 and 2, 3, 6, 7 of two columns
-      __nv_bfloat162 scales[2][2], offsets[2][2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          low[r][j] = __byte_perm(now.words[r][j].x, now.words[r][j].y, 0x5410);
-          high[r][j] = __byte_perm(now.words[r][j].x, now.words[r][j].y, 0x7632);
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          scales[r][half] = __bfloat162bfloat162(now.scale[r][half]);
-          offsets[r][half] = __float2bfloat162_rn(136.0f + (kSymmetric ? 0 : now.zero_point[r][half]));
-        }
-      }
-#pragma unroll
-      for (int step = 0; step < kBlock / kStep; ++step) {
-        if (kSharedRows && step % 2 != group) continue;
-        uint32_t left[4][4];  // of the step's products of 16 columns
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-          const int product = i / 4, r = i % 2, j = product % 2 * 2 + i % 4 / 2;
-          left[product][i % 4] = decode(step % 2 ? high[r][j] : low[r][j], step / 2 * 4 + product / 2 * 8, offsets[r][step / 2],
-                                        scales[r][step / 2]);
-        }
+      for (int i = 0; i < kBlock / kStep / kStride; ++i) {
         Barrier{shared_address(full + stage)}.wait(parity);
         begin_products();
         const uint64_t right = tile_descriptor(shared_address(ring + stage * kStageBytes));
 #pragma unroll
-        for (int product = 0; product < 4; ++product) multiply<kTokens>(sums, left[product], right + 2 * product);
+        for (int product = 0; product < 4; ++product) multiply<kTokens>(sums, left[i % 2][product], right + 2 * product);
+        commit_products();
+        if (i + 1 < kBlock / kStep / kStride) {
+          here.decode(left[(i + 1) % 2], i + 1);
+        } else {  // what is made behind the last block is never multiplied
+          here = Halves<kSharedRows>(next, group);
+          next = fetch(min(block + 2, blocks - 1));
+          here.decode(left[(i + 1) % 2], 0);
+        }
         finish_products();
         if (lane < kCluster) Barrier{shared_address(empty + stage)}.arrive_at(lane);
         stage += kStride;
