@@ -266,8 +266,20 @@ TUNABLES = (
     Tunable(name="fake_quant_edited_fwd", keys=WEIGHTS, candidates=weight_candidates, make_calls=forward_calls),
     Tunable(name="weight_gradients_bwd", keys=WEIGHTS, candidates=gradient_candidates, make_calls=gradient_calls),
     Tunable(name="bound_gradients_bwd", keys=BOUNDS, candidates=bound_candidates, make_calls=bound_calls),
-    Tunable(name="cuda_round_rows", keys=WHOLE_ROWS, candidates=row_block_candidates, make_calls=forward_calls),
-    Tunable(name="cuda_row_gradients", keys=SCALED_ROWS, candidates=row_block_candidates, make_calls=scaled_calls),
+    Tunable(
+        name="cuda_round_rows",
+        keys=WHOLE_ROWS,
+        candidates=row_block_candidates,
+        make_calls=forward_calls,
+        optional=True,
+    ),
+    Tunable(
+        name="cuda_row_gradients",
+        keys=SCALED_ROWS,
+        candidates=row_block_candidates,
+        make_calls=scaled_calls,
+        optional=True,
+    ),
     Tunable(name="fake_quant_edited_steps_fwd", keys=EDITED, candidates=edited_candidates, make_calls=edited_calls),
     Tunable(
         name="product_gradients_bwd",

@@ -50,7 +50,19 @@ def int8_calls(tokens: int) -> Calls:
 
 
 TUNABLES = (
-    Tunable(name="cuda_int4_tile", keys=TILE_KEYS, candidates=tile_candidates, make_calls=tile_calls),
-    Tunable(name="cuda_int4", keys=KEYS, candidates=lambda key: candidates((2, 3)), make_calls=int4_calls),
-    Tunable(name="cuda_int8", keys=KEYS, candidates=lambda key: candidates((2, 4)), make_calls=int8_calls),
+    Tunable(name="cuda_int4_tile", keys=TILE_KEYS, candidates=tile_candidates, make_calls=tile_calls, optional=True),
+    Tunable(
+        name="cuda_int4",
+        keys=KEYS,
+        candidates=lambda key: candidates((2, 3)),
+        make_calls=int4_calls,
+        optional=True,
+    ),
+    Tunable(
+        name="cuda_int8",
+        keys=KEYS,
+        candidates=lambda key: candidates((2, 4)),
+        make_calls=int8_calls,
+        optional=True,
+    ),
 )
