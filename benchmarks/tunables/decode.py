@@ -20,9 +20,9 @@ TILES = ((64, 1, 1), (128, 1, 1), (128, 1, 2), (128, 1, 4), (128, 0, 1), (256, 0
 
 
 def tile_candidates(key: str) -> list[Choice]:
-    """Return every tile that was compiled and is no larger than the tokens."""
+    """Return every tile that was compiled and that the tokens fill at least by half."""
     tokens = int(key.partition("-")[0][1:])
-    return [dict(zip(("TOKENS", "SHARED_ROWS", "CLUSTER"), cut, strict=True)) for cut in TILES if cut[0] <= tokens]
+    return [dict(zip(("TOKENS", "SHARED_ROWS", "CLUSTER"), cut, strict=True)) for cut in TILES if cut[0] <= 2 * tokens]
 
 
 def candidates(stages: tuple[int, ...]) -> list[Choice]:
