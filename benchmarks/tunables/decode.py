@@ -50,7 +50,6 @@ def int8_calls(tokens: int) -> Calls:
 
 
 TUNABLES = (
-    Tunable(name="cuda_int4_tile", keys=TILE_KEYS, candidates=tile_candidates, make_calls=tile_calls, optional=True),
     Tunable(
         name="cuda_int4",
         keys=KEYS,
@@ -65,4 +64,5 @@ TUNABLES = (
         make_calls=int8_calls,
         optional=True,
     ),
+    Tunable(name="cuda_int4_tile", keys=TILE_KEYS, candidates=tile_candidates, make_calls=tile_calls, optional=True),
 )
