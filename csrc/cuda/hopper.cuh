@@ -72,7 +72,7 @@ __device__ __forceinline__ void meet_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Tells where `multiply` finds a tile of bfloat16 in shared memory: rows of 128 bytes, swizzled over 128 bytes, at 1,024 bytes' alignment.
+// Tells where `multiply` finds a tile of bfloat16 in shared memory: rows of 128 bytes, swizzled over as many, aligned to 1,024 bytes.
 __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address) {
   constexpr uint64_t kSwizzled128 = uint64_t(1) << 62, kEightRows = uint64_t(1024 >> 4) << 32, kUnused = uint64_t(1) << 16;
   return kSwizzled128 | kEightRows | kUnused | (address & 0x3ffff) >> 4;

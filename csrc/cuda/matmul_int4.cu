@@ -1,8 +1,8 @@
 // 4-bit weights times bfloat16 tokens: two warp groups turn words into fragments of the tensor cores' left operand, in registers,
 // while each other's products run; a third has the tokens brought to shared memory ahead of them.
 //
-// A step is 64 columns: two planes of a block of 256 (layouts.py). Thread (g, t) of a warp, g = lane / 4, t = lane % 4, holds of rows g
-// and g + 8 the word pairs (2t, 2t + 1) + 8j, whose nibbles are just the columns that the fragments of 16 columns want of it.
+// A step is 64 columns: two planes of a block of 256 (layouts.py). Thread (g, t) of a warp, g = lane / 4, t = lane % 4, holds of
+// rows g and g + 8 the word pairs (2t, 2t + 1) + 8j, whose nibbles are just the columns that fragments of 16 columns want of it.
 #include "matmul.h"
 
 #include <algorithm>
@@ -16,7 +16,7 @@ namespace {
 constexpr int kGroupThreads = 128, kWorkers = 2 * kGroupThreads, kThreads = 3 * kGroupThreads;
 constexpr int kStep = 64, kStepBytes = 2 * kStep, kBlock = 256;  // columns, bytes of a token's, columns
 constexpr int kGroupRows = 64;                                   // of a warp group's product
-constexpr int kPad = 8;                                          // elements between rows of the result in shared memory, against bank conflicts
+constexpr int kPad = 8;                                          // elements between rows of the result, against bank conflicts
 constexpr float kPlanted = 128.0f;  // a nibble behind its leading bit
 constexpr int kNoShift = 30;                                     // puts every half of a block into group 0
 
@@ -63,7 +63,8 @@ struct Halves {
     }
   }
 
-  // Makes the fragments of the group's step `index` of the block: nibbles are planted into the mantissas of 128, whose last place is 1.
+  // Makes the fragments of the group's step `index` of the block: nibbles are planted into the mantissas of 128, whose last place
+  // is 1.
   __device__ __forceinline__ void decode(uint32_t (&left)[4][4], int index) const {
     const int half = kSharedRows ? index : index / 2;
 #pragma unroll
@@ -98,11 +99,11 @@ __device__ __forceinline__ void bring_tokens(const CUtensorMap* map, uint32_t ri
   }
 }
 
-// Adds the biases of the thread's rows to a tile, and the halves of groups that share rows; turns it over in `place`, of shared memory,
-// and stores it. `row_of_tile` is the first of the warp's 16 rows.
+// Adds the biases of the thread's rows to a tile, and the halves of groups that share rows; turns it over in `place`, of shared
+// memory, and stores it. `row_of_tile` is the first of the warp's 16 rows.
 template <int kTokens, bool kSharedRows>
-__device__ __forceinline__ void store_tile(float (&sums)[kTokens / 2], char* place, float upper_bias, float lower_bias, int row_of_tile,
-                                           int first_token, int first_row, __nv_bfloat16* out, const TileShape& shape) {
+__device__ __forceinline__ void store_tile(float (&sums)[kTokens / 2], char* place, float upper_bias, float lower_bias,
+                                           int row_of_tile, int first_token, int first_row, __nv_bfloat16* out, const TileShape& shape) {
   constexpr int kRows = kSharedRows ? kGroupRows : 2 * kGroupRows, kPitch = kRows + kPad, kChunks = kRows / 8;
   const int lane = threadIdx.x % kWarp, group = threadIdx.x / kGroupThreads;
   if constexpr (kSharedRows) {
@@ -302,7 +303,8 @@ int launch(const void* x, const void* codes, const void* scale, const int8_t* ze
   const dim3 blocks(std::min(tiles.all, multiprocessors() / kCluster * kCluster));
   const Layout layout = {blocks, dim3(kThreads), kRing + std::max(kResult, kHalves) + kAlignment, true, kCluster};
   return launch_kernel(kernel, layout, stream, map, static_cast<const uint32_t*>(codes), static_cast<const __nv_bfloat16*>(scale),
-                       zero_point, static_cast<const __nv_bfloat16*>(bias), static_cast<__nv_bfloat16*>(out), shape, group_shift, tiles);
+                       zero_point, static_cast<const __nv_bfloat16*>(bias), static_cast<__nv_bfloat16*>(out), shape, group_shift,
+                       tiles);
 }
 
 }  // namespace
