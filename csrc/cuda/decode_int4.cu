@@ -163,8 +163,7 @@ int launch(const void* x, const void* codes, Element scale_element, const void* 
   const Layout layout = {dim3((shape.rows + rows - 1) / rows), dim3(launch.warps * kWarp),
                          shared_bytes(launch.warps, rows, kStages, tokens), launch.overlap};
   return launch_kernel(kernel, layout, stream, static_cast<const T*>(x), static_cast<const uint8_t*>(codes), scale_element, scale,
-                       zero_point,
-                       static_cast<const T*>(bias), static_cast<T*>(out), shape, groups);
+                       zero_point, static_cast<const T*>(bias), static_cast<T*>(out), shape, groups);
 }
 
 template <typename T>

@@ -103,7 +103,8 @@ __device__ __forceinline__ void bring_tokens(const CUtensorMap* map, uint32_t ri
 // memory, and stores it. `row_of_tile` is the first of the warp's 16 rows.
 template <int kTokens, bool kSharedRows>
 __device__ __forceinline__ void store_tile(float (&sums)[kTokens / 2], char* place, float upper_bias, float lower_bias,
-                                           int row_of_tile, int first_token, int first_row, __nv_bfloat16* out, const TileShape& shape) {
+                                           int row_of_tile, int first_token, int first_row, __nv_bfloat16* out,
+                                           const TileShape& shape) {
   constexpr int kRows = kSharedRows ? kGroupRows : 2 * kGroupRows, kPitch = kRows + kPad, kChunks = kRows / 8;
   const int lane = threadIdx.x % kWarp, group = threadIdx.x / kGroupThreads;
   if constexpr (kSharedRows) {
