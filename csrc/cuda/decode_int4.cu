@@ -186,6 +186,16 @@ int decode_int4(Element element, const void* x, const void* codes, Element scale
   return found ? found(x, codes, scale_element, scale, zero_point, bias, out, shape, groups, cut, stream) : -1;
 }
 
+const char* unusable_reason() {
+  constexpr int kMajor = 1000;  // a driver runs what an older one of its major version, or of an earlier one, runs
+  int driver = 0, runtime = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "there is no NVIDIA driver";
+  if (cudaRuntimeGetVersion(&runtime) != cudaSuccess || driver / kMajor < runtime / kMajor) {
+    return "the NVIDIA driver is older than the CUDA toolkit that built the extension";
+  }
+  return nullptr;
+}
+
 const char* error_text(int code) {
   return code < 0 ? "no kernel was compiled for this launch" : cudaGetErrorString(static_cast<cudaError_t>(code));
 }

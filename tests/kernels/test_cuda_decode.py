@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -103,6 +105,14 @@ def test_reason_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_NOT_LOADED", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda.unavailable_reason() == "torch sees no CUDA device"
+
+
+def test_an_extension_that_the_driver_cannot_run_counts_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(unusable_reason=lambda: "the driver is too old")
+    monkeypatch.setattr(cuda.native, "load_extension", lambda name: (module, None))
+    assert cuda._load() == (None, "qrealign_kernels._C_cuda: the driver is too old")
+    module.unusable_reason = lambda: None
+    assert cuda._load() == (module, None)
 
 
 @pytest.mark.gpu
