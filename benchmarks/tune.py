@@ -45,13 +45,13 @@ def try_launch(name: str, choice: Choice, call: Callable[[], object]) -> str | N
     return None
 
 
-def tune(name: str, key: str) -> list[tuple[float, Choice]]:
-    """Return seconds and choice of every candidate that runs, the fastest first."""
+def tune(name: str, key: str) -> list[tuple[float, Choice | None]]:
+    """Return seconds and choice of every candidate that runs, the fastest first; None is the way without the kernel."""
     tunable = all_tunables()[name]
     calls = tunable.make_calls(*tunable.keys[key])
-    found = []
-    for choice in tunable.candidates(key):
-        if (reason := try_launch(name, choice, calls[0])) is not None:
+    found: list[tuple[float, Choice | None]] = []
+    for choice in [*tunable.candidates(key), *([None] if tunable.optional else [])]:
+        if choice is not None and (reason := try_launch(name, choice, calls[0])) is not None:
             print(f"{name} {key} {choice}: {reason}", flush=True)
             continue
         with launches.forced(name, choice):
@@ -59,13 +59,13 @@ def tune(name: str, key: str) -> list[tuple[float, Choice]]:
     return sorted(found, key=lambda pair: pair[0])
 
 
-def better_choice(name: str, key: str, found: Sequence[tuple[float, Choice]], standing: Choice | None) -> Choice | None:
-    """Return the choice to write for a key, or None to leave the table as it is."""
+def better_choice(found: Sequence[tuple[float, Choice | None]], standing: Choice | None) -> Choice | None:
+    """Return what the table is to hold for a key, where it held `standing`; None for no entry."""
     if not found:
-        return None
+        return standing
     best_seconds, best = found[0]
     before = next((seconds for seconds, choice in found if choice == standing), None)
-    return best if before is None or best_seconds < WORTH * before else None
+    return best if before is None or best_seconds < WORTH * before else standing
 
 
 def write_table(path: Path, table: Table) -> None:
@@ -107,9 +107,11 @@ def main() -> int:
         for seconds, choice in found[:5]:
             print(f"{tunable.name} {key} {seconds * 1e6:.1f} us {choice}", flush=True)
         entries = table.setdefault(tunable.name, {})
-        if (best := better_choice(tunable.name, key, found, entries.get(key))) is not None:
+        if (best := better_choice(found, entries.get(key))) is None:
+            entries.pop(key, None)
+        else:
             entries[key] = best
-            write_table(path, table)
+        write_table(path, {kernel: choices for kernel, choices in table.items() if choices})
     return 0
 
 

@@ -30,12 +30,14 @@ class Tunable:
         candidates: returns the launch choices to try for a key.
         make_calls: makes inputs on the present GPU, `benchmarks.timing.rotations` sets of them, and returns the calls
             that launch the kernel on each; the choice is forced from outside.
+        optional: without an entry the work goes elsewhere, which an entry has to beat.
     """
 
     name: str
     keys: Mapping[str, tuple[Any, ...]]
     candidates: Callable[[str], list[Choice]]
     make_calls: Callable[..., Calls]
+    optional: bool = False
 
 
 def all_tunables() -> dict[str, Tunable]:

@@ -6,6 +6,7 @@
 
 #include "decode.h"
 #include "fake_quant.h"
+#include "matmul.h"
 
 namespace {
 
@@ -52,6 +53,13 @@ void quantize_tokens(int element, uintptr_t x, uintptr_t codes, uintptr_t scale,
                                   pointer<float>(scale), tokens, columns, overlap, pointer<void>(stream)));
 }
 
+void matmul_int4(uintptr_t x, uintptr_t codes, uintptr_t scale, uintptr_t zero_point, uintptr_t bias, uintptr_t out, int tokens,
+                 int rows, int columns, int row_bytes, int groups, int tile_tokens, bool shared_rows, int cluster, uintptr_t stream) {
+  check(qrealign::matmul_int4(pointer<void>(x), pointer<void>(codes), pointer<void>(scale), pointer<int8_t>(zero_point),
+                              pointer<void>(bias), pointer<void>(out), {tokens, rows, columns, row_bytes, groups},
+                              {tile_tokens, shared_rows, cluster}, pointer<void>(stream)));
+}
+
 qrealign::RowTransform transform_of(uintptr_t low_logit, uintptr_t high_logit, uintptr_t column_scale, uintptr_t row_divisor) {
   return {pointer<float>(low_logit), pointer<float>(high_logit), pointer<float>(column_scale), pointer<float>(row_divisor)};
 }
@@ -80,10 +88,12 @@ void row_gradients(uintptr_t grad, uintptr_t weight, uintptr_t extremes, uintptr
 
 PYBIND11_MODULE(_C_cuda, module) {
   module.doc() = "Decode kernels for NVIDIA GPUs; arguments are addresses, sizes and a stream handle.";
+  module.def("unusable_reason", &qrealign::unusable_reason);
   module.def("decode_int4", &decode_int4);
   module.def("decode_int8", &decode_int8);
   module.def("quantize_decode_int8", &quantize_decode_int8);
   module.def("quantize_tokens", &quantize_tokens);
+  module.def("matmul_int4", &matmul_int4);
   module.def("round_rows", &round_rows);
   module.def("row_gradients", &row_gradients);
 }

@@ -51,4 +51,7 @@ int quantize_tokens(Element element, const void* x, int8_t* codes, float* scale,
 
 const char* error_text(int code);
 
+// Why no kernel of the extension can run with this driver, or null; asks for no device.
+const char* unusable_reason();
+
 }  // namespace qrealign

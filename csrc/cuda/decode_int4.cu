@@ -160,10 +160,10 @@ int launch(const void* x, const void* codes, Element scale_element, const void* 
                            : (symmetric ? decode_int4_kernel<T, kRowTiles, 1, kStages, true>
                                         : decode_int4_kernel<T, kRowTiles, 1, kStages, false>);
   const int rows = kRowTiles * kTileRows, tokens = wide ? 2 * kTileTokens : kTileTokens;
-  return launch_kernel(kernel, (shape.rows + rows - 1) / rows, launch.warps * kWarp,
-                       shared_bytes(launch.warps, rows, kStages, tokens), launch.overlap, stream,
-                       static_cast<const T*>(x), static_cast<const uint8_t*>(codes), scale_element, scale, zero_point,
-                       static_cast<const T*>(bias), static_cast<T*>(out), shape, groups);
+  const Layout layout = {dim3((shape.rows + rows - 1) / rows), dim3(launch.warps * kWarp),
+                         shared_bytes(launch.warps, rows, kStages, tokens), launch.overlap};
+  return launch_kernel(kernel, layout, stream, static_cast<const T*>(x), static_cast<const uint8_t*>(codes), scale_element, scale,
+                       zero_point, static_cast<const T*>(bias), static_cast<T*>(out), shape, groups);
 }
 
 template <typename T>
@@ -184,6 +184,16 @@ int decode_int4(Element element, const void* x, const void* codes, Element scale
   if (element == Element::kFloat32) return -1;
   const auto found = element == Element::kBFloat16 ? find_launch<__nv_bfloat16>(cut) : find_launch<__half>(cut);
   return found ? found(x, codes, scale_element, scale, zero_point, bias, out, shape, groups, cut, stream) : -1;
+}
+
+const char* unusable_reason() {
+  constexpr int kMajor = 1000;  // a driver runs what an older one of its major version, or of an earlier one, runs
+  int driver = 0, runtime = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "there is no NVIDIA driver";
+  if (cudaRuntimeGetVersion(&runtime) != cudaSuccess || driver / kMajor < runtime / kMajor) {
+    return "the NVIDIA driver is older than the CUDA toolkit that built the extension";
+  }
+  return nullptr;
 }
 
 const char* error_text(int code) {

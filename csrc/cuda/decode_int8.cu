@@ -166,8 +166,9 @@ int launch(bool fused, const void* x, const float* x_scale, const void* codes, E
                       : wide ? decode_int8_kernel<T, kRowTiles, 2, kStages, false>
                              : decode_int8_kernel<T, kRowTiles, 1, kStages, false>;
   const int rows = kRowTiles * kTileRows, tokens = wide ? 2 * kTileTokens : kTileTokens;
-  return launch_kernel(kernel, (shape.rows + rows - 1) / rows, launch.warps * kWarp,
-                       shared_bytes(launch.warps, rows, kStages, tokens), launch.overlap, stream, x, x_scale,
+  const Layout layout = {dim3((shape.rows + rows - 1) / rows), dim3(launch.warps * kWarp),
+                         shared_bytes(launch.warps, rows, kStages, tokens), launch.overlap};
+  return launch_kernel(kernel, layout, stream, x, x_scale,
                        static_cast<const uint8_t*>(codes), scale_element, scale, static_cast<const T*>(bias),
                        static_cast<T*>(out), shape);
 }
@@ -203,13 +204,13 @@ int quantize_decode_int8(Element element, const void* x, const void* codes, Elem
 
 int quantize_tokens(Element element, const void* x, int8_t* codes, float* scale, int tokens, int columns, bool overlap,
                     void* stream) {
-  constexpr int kThreads = 512;
+  const Layout layout = {dim3(tokens), dim3(512), 0, overlap};
   if (element == Element::kFloat32) return -1;
   if (element == Element::kBFloat16) {
-    return launch_kernel(quantize_tokens_kernel<__nv_bfloat16>, tokens, kThreads, 0, overlap, stream,
+    return launch_kernel(quantize_tokens_kernel<__nv_bfloat16>, layout, stream,
                          static_cast<const __nv_bfloat16*>(x), codes, scale, columns);
   }
-  return launch_kernel(quantize_tokens_kernel<__half>, tokens, kThreads, 0, overlap, stream, static_cast<const __half*>(x),
+  return launch_kernel(quantize_tokens_kernel<__half>, layout, stream, static_cast<const __half*>(x),
                        codes, scale, columns);
 }
 

@@ -136,26 +136,42 @@ inline int shared_bytes(int warps, int rows, int stages, int tokens) {
   return warps * (streams > sums ? streams : sums);
 }
 
-// Launches with the permission to start before the kernel ahead in the stream has ended, where `overlap` asks for it.
+// How a kernel is laid out on the GPU; `overlap` permits it to start before the kernel ahead in the stream has ended.
+struct Layout {
+  dim3 blocks;
+  dim3 threads;
+  int shared_bytes;
+  bool overlap;
+  int cluster = 1;  // neighbouring blocks that run together
+};
+
 template <typename... Parameters, typename... Arguments>
-int launch_kernel(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, int shared_bytes, bool overlap, void* stream,
-                  Arguments... arguments) {
+int launch_kernel(void (*kernel)(Parameters...), const Layout& layout, void* stream, Arguments... arguments) {
   constexpr int kWithoutAsking = 48 * 1024;
-  if (shared_bytes > kWithoutAsking) {
+  if (layout.shared_bytes > kWithoutAsking) {
     const cudaError_t refused = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, layout.shared_bytes);
     if (refused != cudaSuccess) return static_cast<int>(refused);
   }
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  int count = 0;
+  if (layout.overlap) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (layout.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = layout.cluster;
+    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
   cudaLaunchConfig_t config = {};
-  config.gridDim = blocks;
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared_bytes;
+  config.gridDim = layout.blocks;
+  config.blockDim = layout.threads;
+  config.dynamicSmemBytes = layout.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 

@@ -9,8 +9,6 @@
 
 namespace qrealign {
 
-constexpr int kMostVectors = 4;  // of 8 columns, a thread: rows of up to 16,384 columns
-
 // Symmetric codes from qmin to qmax, whose scales are bfloat16 values.
 struct CodeGrid {
   int qmin;
@@ -26,7 +24,8 @@ struct RowTransform {
   const float* row_divisor;   // [N]
 };
 
-// `vectors` of 8 columns belong to a thread, and `blocks` run on a multiprocessor at once.
+// `vectors` of 8 columns belong to a thread, of which a block has at most 512, and `blocks` run on a multiprocessor at once.
+// round_rows knows 1 to 4 vectors, row_gradients 1 and 2.
 struct RowLaunch {
   int vectors;
   int blocks;
@@ -44,8 +43,8 @@ struct RoundedRows {
 struct RowGradients {
   float* low_logit;     // [N]
   float* high_logit;    // [N]
-  float* partial;       // [blocks * multiprocessors, K]: scratch for the column scale
-  float* column_scale;  // [K]
+  float* partial;       // [blocks * multiprocessors, K]: scratch
+  float* column_scale;  // [K]; never null, as the transform's
   float* row_divisor;   // [N]
 };
 

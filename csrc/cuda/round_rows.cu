@@ -1,15 +1,14 @@
-// Rounds weight rows: each is read once, waits in registers for its extremes, and leaves as codes or rounded weights.
+// Rounds weight rows: each is read once, waits in shared memory for its extremes, and leaves as codes or rounded weights.
 //
 // Blocks walk over the rows, kRows at a time, and the next ones are on their way while these are rounded.
 #include <algorithm>
 
 #include "device.cuh"
 #include "grid.cuh"
+#include "pieces.cuh"
 
 namespace qrealign {
 namespace {
-
-constexpr int kVector = 8;  // columns of one load
 
 // Integers in the order of the floats, for reductions by the hardware; NaN is not kept.
 __device__ __forceinline__ int ordered(float value) {
@@ -17,23 +16,6 @@ __device__ __forceinline__ int ordered(float value) {
   return bits ^ (bits >> 31 & 0x7fffffff);
 }
 __device__ __forceinline__ float from_ordered(int bits) { return __int_as_float(bits ^ (bits >> 31 & 0x7fffffff)); }
-
-template <int kVectors, int kRows>
-struct Rows {
-  uint4 packed[kRows][kVectors];
-
-  __device__ __forceinline__ void load(const __nv_bfloat16* weight, int first, int rows, int columns) {
-#pragma unroll
-    for (int i = 0; i < kRows * kVectors; ++i) {
-      const int row = first + i / kVectors, column = (i % kVectors * blockDim.x + threadIdx.x) * kVector;
-      packed[i / kVectors][i % kVectors] = make_uint4(0, 0, 0, 0);
-      if (row < rows && column < columns) {
-        packed[i / kVectors][i % kVectors] =
-            __ldcs(reinterpret_cast<const uint4*>(weight + static_cast<size_t>(row) * columns + column));
-      }
-    }
-  }
-};
 
 // Rounds eight transformed weights; the codes stand on top of kRounder.
 __device__ __forceinline__ void round_eight(float (&values)[8], const RowGrid& grid) {
@@ -67,30 +49,50 @@ __device__ __forceinline__ uint4 weights_of(const float (&steps)[8], float scale
 }
 
 template <int kVectors, int kRows>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
     round_rows_kernel(const __nv_bfloat16* weight, RowTransform transform, CodeGrid codes, RoundedRows out, int rows, int columns) {
+  extern __shared__ __align__(16) char shared[];
   __shared__ int extremes[2][kRows][kMaxWarps];
   __shared__ RowGrid grids[kRows];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  Rows<kVectors, kRows> next;
-  int first = blockIdx.x * kRows;
-  next.load(weight, first, rows, columns);
-  for (; first < rows; first += gridDim.x * kRows) {
-    const Rows<kVectors, kRows> rows_here = next;
-    next.load(weight, first + gridDim.x * kRows, rows, columns);
-    // Scaled values are made twice, for the extremes and for the codes: registers are dearer than a product.
+  const int first = blockIdx.x * kRows, stride = gridDim.x * kRows;
+  const Pieces<kVectors, kRows, 1> ring(shared);
+  const auto fetch = [&](int from, int stage) {
+#pragma unroll
+    for (int i = 0; i < kRows * kVectors; ++i) {
+      const int row = from + i / kVectors, column = ring.column(i % kVectors);
+      const bool inside = row < rows && column < columns;
+      ring.fetch(stage, i / kVectors, i % kVectors, 0, weight + (inside ? static_cast<size_t>(row) * columns + column : 0), inside);
+    }
+    ring.commit();
+  };
+#pragma unroll
+  for (int stage = 0; stage < kAhead - 1; ++stage) fetch(first + stage * stride, stage);
+  float factors[kVectors][kVector] = {};
+  if (transform.column_scale) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (ring.column(v) < columns) load_eight(transform.column_scale + ring.column(v), factors[v]);
+    }
+  }
+  // Warp r makes the grid of the batch's row r; what it reads for that is on its way a batch ahead.
+  RowInputs next(transform, min(first + min(warp, kRows - 1), rows - 1));
+  int stage = 0;
+  for (int row = first; row < rows; row += stride) {
+    const RowInputs inputs = next;
+    next = RowInputs(transform, min(row + stride + min(warp, kRows - 1), rows - 1));
+    fetch(row + (kAhead - 1) * stride, stage == 0 ? kAhead - 1 : stage - 1);
+    ring.wait();
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      float minimum = 0.0f, maximum = 0.0f;
+      float minimum = 0.0f, maximum = 0.0f;  // what lies outside the matrix was fetched as zeros
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        const int column = (v * blockDim.x + threadIdx.x) * kVector;
-        if (column >= columns) continue;
-        float values[8];
-        unpack(rows_here.packed[r][v], values);
-        if (transform.column_scale) scale_eight(values, transform.column_scale + column);
+        float values[kVector];
+        unpack(*ring.piece(stage, r, v, 0), values);
+        if (transform.column_scale) scale_eight(values, factors[v]);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < kVector; ++i) {
           minimum = fminf(minimum, values[i]);
           maximum = fmaxf(maximum, values[i]);
         }
@@ -102,12 +104,12 @@ __global__ void __launch_bounds__(512)
       }
     }
     __syncthreads();
-    if (warp < kRows && first + warp < rows) {
-      const int at = min(lane, warps - 1), n = first + warp;
+    if (warp < kRows && row + warp < rows) {
+      const int at = min(lane, warps - 1), n = row + warp;
       float minimum = from_ordered(__reduce_min_sync(~0u, extremes[0][warp][at]));
       float maximum = from_ordered(__reduce_max_sync(~0u, extremes[1][warp][at]));
-      if (transform.row_divisor) divide_extremes(minimum, maximum, transform.row_divisor[n]);
-      const RowGrid grid = row_grid(minimum, maximum, n, transform, codes);
+      if (transform.row_divisor) divide_extremes(minimum, maximum, inputs.divisor);
+      const RowGrid grid = row_grid(minimum, maximum, inputs, transform, codes);
       if (lane == 0) {
         grids[warp] = grid;
         if (out.extremes) {
@@ -119,43 +121,43 @@ __global__ void __launch_bounds__(512)
     }
     __syncthreads();
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kRows * kVectors; ++i) {
+      const int r = i / kVectors, v = i % kVectors, column = ring.column(v);
+      if (column >= columns || row + r >= rows) continue;
       const RowGrid& grid = grids[r];
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        const int column = (v * blockDim.x + threadIdx.x) * kVector;
-        if (column >= columns || first + r >= rows) continue;
-        float values[8];
-        unpack(rows_here.packed[r][v], values);
-        if (transform.column_scale) scale_eight(values, transform.column_scale + column);
-        if (transform.row_divisor) divide_eight(values, grid);
-        round_eight(values, grid);
-        const size_t at = static_cast<size_t>(first + r) * columns + column;
-        if (out.codes) {
-          *reinterpret_cast<uint2*>(out.codes + at) = codes_of(values);
-        } else {
-          *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(out.weights) + at) = weights_of(values, grid.scale);
-        }
+      float values[kVector];
+      unpack(*ring.piece(stage, r, v, 0), values);
+      if (transform.column_scale) scale_eight(values, factors[v]);
+      if (transform.row_divisor) divide_eight(values, grid);
+      round_eight(values, grid);
+      const size_t at = static_cast<size_t>(row + r) * columns + column;
+      if (out.codes) {
+        *reinterpret_cast<uint2*>(out.codes + at) = codes_of(values);
+      } else {
+        *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(out.weights) + at) = weights_of(values, grid.scale);
       }
     }
+    stage = stage + 1 == kAhead ? 0 : stage + 1;
   }
 }
 
 template <int kVectors, int kRows>
 int launch(const void* weight, RowTransform transform, CodeGrid codes, RoundedRows out, int rows, int columns, RowLaunch launch,
            void* stream) {
-  const int vectors = (columns + kVector - 1) / kVector, threads = ((vectors + kVectors - 1) / kVectors + kWarp - 1) / kWarp * kWarp;
+  const int vectors = (columns + kVector - 1) / kVector, of_a_thread = (vectors + kVectors - 1) / kVectors;
+  const int threads = std::max((of_a_thread + kWarp - 1) / kWarp, kRows) * kWarp;
   if (threads > kMaxWarps * kWarp) return -1;
   const int blocks = std::min(launch.blocks * launch.multiprocessors, (rows + kRows - 1) / kRows);
-  return launch_kernel(round_rows_kernel<kVectors, kRows>, blocks, std::max(threads, kRows * kWarp), 0, false, stream,
-                       static_cast<const __nv_bfloat16*>(weight), transform, codes, out, rows, columns);
+  const Layout layout = {dim3(blocks), dim3(threads), Pieces<kVectors, kRows, 1>::bytes(threads), false};
+  return launch_kernel(round_rows_kernel<kVectors, kRows>, layout, stream, static_cast<const __nv_bfloat16*>(weight), transform,
+                       codes, out, rows, columns);
 }
 
 }  // namespace
 
 int round_rows(const void* weight, RowTransform transform, CodeGrid grid, RoundedRows out, int rows, int columns, RowLaunch cut,
                void* stream) {
-  if (cut.vectors == 1) return launch<1, 2>(weight, transform, grid, out, rows, columns, cut, stream);
+  if (cut.vectors == 1) return launch<1, 4>(weight, transform, grid, out, rows, columns, cut, stream);
   if (cut.vectors == 2) return launch<2, 2>(weight, transform, grid, out, rows, columns, cut, stream);
   if (cut.vectors == 3) return launch<3, 1>(weight, transform, grid, out, rows, columns, cut, stream);
   if (cut.vectors == 4) return launch<4, 1>(weight, transform, grid, out, rows, columns, cut, stream);

@@ -18,8 +18,16 @@ from qrealign_kernels.layouts import PLANES4, ROWS8
 from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
 from qrealign_kernels.triton_common import can_overlap
 
-_module, _NOT_LOADED = native.load_extension("_C_cuda")
-_C: Any = _module
+
+def _load() -> tuple[Any, str | None]:
+    """Return the extension's module and None, or None and why it cannot be used."""
+    module, reason = native.load_extension("_C_cuda")
+    if module is not None and (reason := module.unusable_reason()) is not None:
+        return None, f"qrealign_kernels._C_cuda: {reason}"
+    return module, reason
+
+
+_C, _NOT_LOADED = _load()
 
 MAX_TOKENS = 16
 FUSED_TOKENS = 2  # up to here every block rounds the tokens for itself; beyond, one launch more does it once

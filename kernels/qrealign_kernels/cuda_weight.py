@@ -21,8 +21,8 @@ from qrealign_kernels.reference_calibration import WeightGradients, WeightTransf
 from qrealign_kernels.triton_common import as_float, on_device_of, tile_width, width_key
 
 VECTOR = 8  # columns of one load: 16 bytes
-_WIDEST = 16384  # columns of a row that a block can hold
 _PER_VECTOR = 512 * VECTOR  # columns of which each thread of the largest block has one load
+_MOST_VECTORS = {"cuda_round_rows": 4, "cuda_row_gradients": 2}
 
 
 def round_rows(
@@ -73,17 +73,19 @@ def row_gradients(
 ) -> WeightGradients | None:
     """Return the gradients of the logits, the column scale and the row divisor, or None and leave them to Triton.
 
+    Without a column scale, Triton's kernel has no more to do than this one.
+
     Args:
         grad: `[N, K]`, gradient of the rounded weight.
         weight: `[N, K]`.
         low_logit: `[N, 1]` floating point, or None.
         high_logit: the same of the upper bound.
-        transform: without an edit.
+        transform: with a column scale and without an edit.
         extremes: `[2, N, 1]` float32, what the forward kept.
         grid: the grid's arguments of `fake_quant_edited_weight_ref`.
     """
     launch = _launch("cuda_row_gradients", weight, transform, grid)
-    if launch is None or grad.dtype != torch.bfloat16:
+    if launch is None or transform.column_scale is None or grad.dtype != torch.bfloat16:
         return None
     grad = grad.contiguous()
     rows, columns = weight.shape
@@ -95,9 +97,7 @@ def row_gradients(
         None if tensor is None else weight.new_empty(size, dtype=torch.float32)
         for tensor, size in zip(given, sizes, strict=True)
     ]
-    partial = None
-    if transform.column_scale is not None:
-        partial = weight.new_empty(launch[1] * multiprocessors, columns, dtype=torch.float32)
+    partial = weight.new_empty(launch[1] * multiprocessors, columns, dtype=torch.float32)
     with on_device_of(weight):
         cuda.extension().row_gradients(
             *_addresses(grad, weight, extremes, *inputs),
@@ -140,9 +140,14 @@ def _launch(kernel: str, weight: Tensor, transform: WeightTransform, grid: dict[
     columns = weight.shape[1]
     if not cuda.serves(weight) or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
         return None
-    if columns % VECTOR or columns > _WIDEST or weight.data_ptr() % 16 or transform.left is not None:
+    if columns % VECTOR or columns > _PER_VECTOR * _MOST_VECTORS[kernel] or weight.data_ptr() % 16:
         return None
-    if grid["group_size"] not in (None, columns) or not grid["symmetric"] or grid["scale_dtype"] != torch.bfloat16:
+    if (
+        transform.left is not None
+        or grid["group_size"] not in (None, columns)
+        or not grid["symmetric"]
+        or grid["scale_dtype"] != torch.bfloat16
+    ):
         return None
     choice = launches.find(kernel, width_key(tile_width(columns)), weight.device)
     return None if choice is None else (max(choice["VECTORS"], -(-columns // _PER_VECTOR)), choice["BLOCKS"])

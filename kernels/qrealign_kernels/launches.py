@@ -22,7 +22,7 @@ DEFAULT = "default"
 Choice = dict[str, int]
 Table = dict[str, dict[str, Choice]]
 
-_forced: dict[str, Choice] = {}
+_forced: dict[str, Choice | None] = {}
 
 
 @cache
@@ -75,8 +75,10 @@ def _entry(entries: dict[str, Choice], key: str) -> Choice | None:
 
 
 @contextlib.contextmanager
-def forced(kernel: str, launch: Choice) -> Iterator[None]:
-    """Let every launch of `kernel` in the block use this choice: what a tuner tries. Not for concurrent threads."""
+def forced(kernel: str, launch: Choice | None) -> Iterator[None]:
+    """Let every launch of `kernel` in the block use this choice, or none as if no table knew the kernel: what a tuner
+    tries. Not for concurrent threads.
+    """
     before = dict(_forced)
     _forced[kernel] = launch
     try:

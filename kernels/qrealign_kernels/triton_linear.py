@@ -15,7 +15,16 @@ import torch
 import triton
 from torch import Tensor
 
-from qrealign_kernels import cuda, launches, layouts, reference_linear, triton_decode, triton_few, triton_tiles
+from qrealign_kernels import (
+    cuda,
+    cuda_tiles,
+    launches,
+    layouts,
+    reference_linear,
+    triton_decode,
+    triton_few,
+    triton_tiles,
+)
 from qrealign_kernels.layouts import BLOCK, PLANE, PLANES4, ROWS8
 from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
 from qrealign_kernels.reference import ZERO_SCALE_REPLACEMENT, code_range
@@ -92,6 +101,8 @@ def _integer_product(
 
 def _float_product(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> Tensor:
     tokens, routes = out.shape[0], launches.choice("linear_routes", launches.DEFAULT, out.device)
+    if (done := cuda_tiles.packed_linear(x, weight, bias, out, _wide_key(_key(tokens), out))) is not None:
+        return done
     if weight.layout == PLANES4 and tokens == 1:
         return _launch_gemv(x, weight, bias, out)
     if x.dtype in _HALVES and weight.layout == ROWS8 and tokens <= routes["INT8_FEW"]:
@@ -162,9 +173,13 @@ def few_tokens(key: str) -> dict[str, int]:
     return {"BLOCK_M": 16 if key == launches.DEFAULT else max(8, int(key.partition("-")[0][1:]))}
 
 
+def _wide_key(key: str, out: Tensor) -> str:
+    return f"{key}-wide" if out.shape[1] > NARROW else key
+
+
 def _choice(kernel: str, key: str, out: Tensor) -> launches.Choice:
     """Return the launch of a kernel that computes `out`."""
-    return launches.choice(kernel, f"{key}-wide" if out.shape[1] > NARROW else key, out.device)
+    return launches.choice(kernel, _wide_key(key, out), out.device)
 
 
 def _group(weight: PackedWeight) -> int:

@@ -4,13 +4,48 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import qrealign_kernels as kernels
-from qrealign_kernels import backend
+from qrealign_kernels import backend, cuda, cuda_weight, launches
+
+STREAM = 7
+LAUNCHES = {  # of the CUDA extension's kernels in the tests that record them
+    "cuda_int4": {"WARPS": 8, "ROW_TILES": 1, "STAGES": 2},
+    "cuda_int8": {"WARPS": 8, "ROW_TILES": 1, "STAGES": 2},
+    "cuda_int4_tile": {"TOKENS": 128, "SHARED_ROWS": 1, "CLUSTER": 2},
+    "cuda_round_rows": {"VECTORS": 1, "BLOCKS": 2},
+    "cuda_row_gradients": {"VECTORS": 1, "BLOCKS": 2},
+}
+
+
+class Recorder:
+    """Stands in for the CUDA extension and keeps what it was called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: self.calls.append((name, arguments))
+
+
+@pytest.fixture
+def extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    """Let tensors of the CPU count as a GPU's, and record what would be launched there."""
+    recorder = Recorder()
+    monkeypatch.setattr(cuda, "_C", recorder)
+    monkeypatch.setattr(cuda, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(cuda_weight, "_multiprocessors", lambda device: 3)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=STREAM))
+    with contextlib.ExitStack() as stack:
+        for kernel, launch in LAUNCHES.items():
+            stack.enter_context(launches.forced(kernel, launch))
+        yield recorder
 
 
 @contextlib.contextmanager

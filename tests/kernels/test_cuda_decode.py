@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -13,31 +11,10 @@ from torch import Tensor
 import qrealign_kernels as kernels
 from qrealign_kernels import cuda, launches, layouts, reference_linear
 from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
+from tests.kernels.conftest import LAUNCHES, STREAM, Recorder
 
-LAUNCH = {"WARPS": 8, "ROW_TILES": 1, "STAGES": 2}
-CUT = (8, 1, 2, False)
-STREAM = 7
-
-
-class Recorder:
-    """Stands in for the extension and keeps what it was called with."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: self.calls.append((name, arguments))
-
-
-@pytest.fixture
-def extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
-    """Let tensors of the CPU count as a GPU's, and record what would be launched."""
-    recorder = Recorder()
-    monkeypatch.setattr(cuda, "_C", recorder)
-    monkeypatch.setattr(cuda, "_on_gpu", lambda tensor: True)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=STREAM))
-    with launches.forced("cuda_int4", LAUNCH), launches.forced("cuda_int8", LAUNCH):
-        yield recorder
+LAUNCH = LAUNCHES["cuda_int4"]
+CUT = (*LAUNCH.values(), False)
 
 
 def packed(
@@ -128,6 +105,14 @@ def test_reason_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_NOT_LOADED", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda.unavailable_reason() == "torch sees no CUDA device"
+
+
+def test_an_extension_that_the_driver_cannot_run_counts_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(unusable_reason=lambda: "the driver is too old")
+    monkeypatch.setattr(cuda.native, "load_extension", lambda name: (module, None))
+    assert cuda._load() == (None, "qrealign_kernels._C_cuda: the driver is too old")
+    module.unusable_reason = lambda: None
+    assert cuda._load() == (module, None)
 
 
 @pytest.mark.gpu

@@ -100,13 +100,16 @@ def test_candidates_are_complete_choices() -> None:
     [
         ([], None, None),
         ([(1.0, {"A": 1})], None, {"A": 1}),
-        ([(1.0, {"A": 1}), (1.001, {"A": 2})], {"A": 2}, None),  # no better than the noise
+        ([(1.0, {"A": 1}), (1.001, {"A": 2})], {"A": 2}, {"A": 2}),  # no better than the noise
         ([(1.0, {"A": 1}), (1.1, {"A": 2})], {"A": 2}, {"A": 1}),
         ([(1.0, {"A": 1})], {"A": 2}, {"A": 1}),  # what stands cannot run here
+        ([], {"A": 2}, {"A": 2}),
+        ([(1.0, {"A": 1}), (1.1, None)], None, {"A": 1}),
+        ([(1.0, None), (1.1, {"A": 1})], {"A": 1}, None),  # the way without the kernel is the faster one
     ],
 )
 def test_a_table_changes_only_for_what_is_faster(found, standing, expected) -> None:
-    assert tune.better_choice("kernel", "key", found, standing) == expected
+    assert tune.better_choice(found, standing) == expected
 
 
 def test_a_written_table_is_read_as_it_is_and_has_a_line_a_key(tmp_path: Path) -> None:

@@ -1,0 +1,329 @@
+// 4-bit weights times bfloat16 tokens: two warp groups turn words into fragments of the tensor cores' left operand, in registers,
+// while each other's products run; a third has the tokens brought to shared memory ahead of them.
+//
+// A step is 64 columns: two planes of a block of 256 (layouts.py). Thread (g, t) of a warp, g = lane / 4, t = lane % 4, holds of
+// rows g and g + 8 the word pairs (2t, 2t + 1) + 8j, whose nibbles are just the columns that fragments of 16 columns want of it.
+#include "matmul.h"
+
+#include <algorithm>
+
+#include "device.cuh"
+#include "hopper.cuh"
+
+namespace qrealign {
+namespace {
+
+constexpr int kGroupThreads = 128, kWorkers = 2 * kGroupThreads, kThreads = 3 * kGroupThreads;
+constexpr int kStep = 64, kStepBytes = 2 * kStep, kBlock = 256;  // columns, bytes of a token's, columns
+constexpr int kGroupRows = 64;                                   // of a warp group's product
+constexpr int kPad = 8;                                          // elements between rows of the result, against bank conflicts
+constexpr float kPlanted = 128.0f;  // a nibble behind its leading bit
+constexpr int kNoShift = 30;                                     // puts every half of a block into group 0
+
+template <int kTokens>
+constexpr int kStages = kTokens == 256 ? 4 : 8;
+
+// The tiles of a product, one row of tiles after the other; a block takes every gridDim.x-th.
+struct Tiles {
+  int of_rows;  // in a row of them, a multiple of the cluster
+  int all;
+
+  __device__ int row(int tile) const { return tile % of_rows; }
+  __device__ int token(int tile) const { return tile / of_rows; }
+};
+
+// What a thread has of a block of its two rows: words as they lie, scales and zero points of the block's halves.
+struct Fetched {
+  uint2 words[2][4];
+  __nv_bfloat16 scale[2][2];
+  int zero_point[2][2] = {};
+};
+
+// The same, ready to be decoded: pairs of half words, and what is subtracted from and multiplied to their weights. Lower half words
+// hold planes 0, 1, 4 and 5, upper ones 2, 3, 6 and 7; where two warp groups share rows, each takes one kind.
+template <bool kSharedRows>
+struct Halves {
+  uint32_t pairs[kSharedRows ? 1 : 2][2][4];
+  __nv_bfloat162 scale[2][2], offset[2][2];
+
+  __device__ Halves(const Fetched& fetched, int group) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint2 words = fetched.words[r][j];
+        pairs[0][r][j] = __byte_perm(words.x, words.y, kSharedRows && group == 1 ? 0x7632 : 0x5410);
+        if constexpr (!kSharedRows) pairs[1][r][j] = __byte_perm(words.x, words.y, 0x7632);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        scale[r][half] = __bfloat162bfloat162(fetched.scale[r][half]);
+        offset[r][half] = __float2bfloat162_rn(kPlanted + 8 + fetched.zero_point[r][half]);
+      }
+    }
+  }
+
+  // Makes the fragments of the group's step `index` of the block: nibbles are planted into the mantissas of 128, whose last place
+  // is 1.
+  __device__ __forceinline__ void decode(uint32_t (&left)[4][4], int index) const {
+    const int half = kSharedRows ? index : index / 2;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int product = i / 4, r = i % 2, j = product % 2 * 2 + i % 4 / 2;
+      uint32_t bits = (pairs[kSharedRows ? 0 : index % 2][r][j] >> (half * 4 + product / 2 * 8) & 0x000f000fu) | 0x43004300u;
+      const __nv_bfloat162 codes = __hsub2(reinterpret_cast<__nv_bfloat162&>(bits), offset[r][half]);
+      const __nv_bfloat162 weights = __hmul2(codes, scale[r][half]);
+      left[product][i % 4] = reinterpret_cast<const uint32_t&>(weights);
+    }
+  }
+};
+
+__device__ __forceinline__ void meet_workers() { asm volatile("bar.sync 1, %0;" ::"n"(kWorkers) : "memory"); }
+
+// Has tile after tile of the tokens brought, each when all blocks of the cluster have done with what lies in its place.
+template <int kTokens, int kCluster>
+__device__ __forceinline__ void bring_tokens(const CUtensorMap* map, uint32_t ring, const uint64_t* full, const uint64_t* empty,
+                                             int steps, Tiles tiles) {
+  constexpr int kStageBytes = kTokens * kStepBytes, kShare = kTokens / kCluster;
+  const int rank = kCluster > 1 ? block_of_cluster() : 0;
+  int stage = 0, parity = 1;
+  for (int tile = blockIdx.x; tile < tiles.all; tile += gridDim.x) {
+    for (int step = 0; step < steps; ++step) {
+      const Barrier here{shared_address(full + stage)};
+      Barrier{shared_address(empty + stage)}.wait(parity);
+      here.expect(kStageBytes);
+      copy_tile<kCluster>(ring + stage * kStageBytes + rank * (kStageBytes / kCluster), map, here, step * kStep,
+                          tiles.token(tile) * kTokens + rank * kShare);
+      if (++stage == kStages<kTokens>) stage = 0, parity ^= 1;
+    }
+  }
+}
+
+// Adds the biases of the thread's rows to a tile, and the halves of groups that share rows; turns it over in `place`, of shared
+// memory, and stores it. `row_of_tile` is the first of the warp's 16 rows.
+template <int kTokens, bool kSharedRows>
+__device__ __forceinline__ void store_tile(float (&sums)[kTokens / 2], char* place, float upper_bias, float lower_bias,
+                                           int row_of_tile, int first_token, int first_row, __nv_bfloat16* out,
+                                           const TileShape& shape) {
+  constexpr int kRows = kSharedRows ? kGroupRows : 2 * kGroupRows, kPitch = kRows + kPad, kChunks = kRows / 8;
+  const int lane = threadIdx.x % kWarp, group = threadIdx.x / kGroupThreads;
+  if constexpr (kSharedRows) {
+    float* halves = reinterpret_cast<float*>(place) + threadIdx.x % kGroupThreads;
+    if (group == 1) {
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) halves[i * kGroupThreads] = sums[i];
+    }
+    meet_workers();
+    if (group == 0) {
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) sums[i] += halves[i * kGroupThreads];
+    }
+    meet_workers();
+  }
+  __nv_bfloat16* const turned = reinterpret_cast<__nv_bfloat16*>(place);  // [kTokens][kRows]
+  if (!kSharedRows || group == 0) {
+#pragma unroll
+    for (int i = 0; i < kTokens / 16; ++i) {  // 16 tokens of 16 rows
+      uint32_t pairs[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float bias = j % 2 ? lower_bias : upper_bias;
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(sums[8 * i + 2 * j] + bias, sums[8 * i + 2 * j + 1] + bias);
+        pairs[j] = reinterpret_cast<const uint32_t&>(pair);
+      }
+      const int token = 16 * i + lane / 16 * 8 + lane % 8;
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                       shared_address(turned + token * kPitch + row_of_tile + lane / 8 % 2 * 8)),
+                   "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
+                   : "memory");
+    }
+  }
+  meet_workers();
+  for (int i = threadIdx.x; i < kTokens * kChunks; i += kWorkers) {
+    const int token = first_token + i / kChunks, row = first_row + i % kChunks * 8;
+    if (token >= shape.tokens || row >= shape.rows) continue;
+    const __nv_bfloat16* from = turned + i / kChunks * kPitch + i % kChunks * 8;
+    __nv_bfloat16* to = out + static_cast<size_t>(token) * shape.rows + row;
+    if (shape.rows % 8 == 0) {
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    } else {
+      for (int j = 0; j < min(8, shape.rows - row); ++j) to[j] = from[j];
+    }
+  }
+  meet_workers();  // the place is free again
+}
+
+template <int kTokens, bool kSharedRows, int kCluster, bool kSymmetric>
+__global__ void __launch_bounds__(kThreads, 1)
+    matmul_int4_kernel(const __grid_constant__ CUtensorMap x_map, const uint32_t* codes, const __nv_bfloat16* scale,
+                       const int8_t* zero_point, const __nv_bfloat16* bias, __nv_bfloat16* out, TileShape shape, int group_shift,
+                       Tiles tiles) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr int kRows = kSharedRows ? kGroupRows : 2 * kGroupRows, kDepth = kStages<kTokens>, kStride = kSharedRows ? 2 : 1;
+  constexpr int kStageBytes = kTokens * kStepBytes;
+  extern __shared__ char shared[];
+  char* const ring = shared + (-shared_address(shared) & 1023);
+  char* const result = ring + kDepth * kStageBytes;
+  __shared__ __align__(8) uint64_t full[kDepth], empty[kDepth];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = threadIdx.x / kGroupThreads;
+  const int blocks = shape.row_bytes / (kBlock / 2), row_words = shape.row_bytes / 4;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kDepth; ++i) {
+      Barrier{shared_address(full + i)}.init(1);
+      Barrier{shared_address(empty + i)}.init(kCluster * kWorkers / kWarp / kStride);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  if constexpr (kCluster > 1) {
+    meet_cluster();
+  } else {
+    __syncthreads();
+  }
+
+  if (group == 2) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    wait_for_kernels_before();
+    if (threadIdx.x == kWorkers) {
+      bring_tokens<kTokens, kCluster>(&x_map, shared_address(ring), full, empty, blocks * (kBlock / kStep), tiles);
+    }
+    __syncwarp();
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const int g = lane / 4, t = lane % 4;
+    const int row_of_tile = (kSharedRows ? 0 : group * kGroupRows) + warp % 4 * 16;
+    int rows[2];
+    const auto take = [&](int tile) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) rows[r] = min(tiles.row(tile) * kRows + row_of_tile + g + 8 * r, shape.rows - 1);
+    };
+    const auto fetch = [&](int block) {
+      Fetched fetched;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint32_t* from = codes + static_cast<size_t>(rows[r]) * row_words + block * (kBlock / 8) + 2 * t;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) fetched.words[r][j] = __ldg(reinterpret_cast<const uint2*>(from + 8 * j));
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const size_t at = static_cast<size_t>(rows[r]) * shape.groups + min(2 * block + half >> group_shift, shape.groups - 1);
+          fetched.scale[r][half] = scale[at];
+          if (!kSymmetric) fetched.zero_point[r][half] = zero_point[at];
+        }
+      }
+      return fetched;
+    };
+    int stage = kSharedRows ? group : 0, parity = 0;
+    take(blockIdx.x);
+    Fetched next = fetch(0);
+    for (int tile = blockIdx.x; tile < tiles.all; tile += gridDim.x) {
+      float sums[kTokens / 2] = {};
+      Halves<kSharedRows> here(next, group);
+      next = fetch(min(1, blocks - 1));
+      uint32_t left[2][4][4];  // of a step's four products, by turns: one is multiplied while the other is made
+      here.decode(left[0], 0);
+      for (int block = 0; block < blocks; ++block) {
+#pragma unroll
+        for (int i = 0; i < kBlock / kStep / kStride; ++i) {
+          Barrier{shared_address(full + stage)}.wait(parity);
+          begin_products();
+          const uint64_t right = tile_descriptor(shared_address(ring + stage * kStageBytes));
+#pragma unroll
+          for (int product = 0; product < 4; ++product) multiply<kTokens>(sums, left[i % 2][product], right + 2 * product);
+          commit_products();
+          if (i + 1 < kBlock / kStep / kStride) {
+            here.decode(left[(i + 1) % 2], i + 1);
+          } else {  // what is made behind the last block is never multiplied
+            here = Halves<kSharedRows>(next, group);
+            next = fetch(min(block + 2, blocks - 1));
+            here.decode(left[(i + 1) % 2], 0);
+          }
+          finish_products();
+          if (lane < kCluster) Barrier{shared_address(empty + stage)}.arrive_at(lane);
+          stage += kStride;
+          if (stage >= kDepth) stage -= kDepth, parity ^= 1;
+        }
+      }
+      const float upper = bias ? to_float(bias[rows[0]]) : 0.0f, lower = bias ? to_float(bias[rows[1]]) : 0.0f;
+      if (tile + static_cast<int>(gridDim.x) < tiles.all) {  // on its way while the result is stored
+        take(tile + gridDim.x);
+        next = fetch(0);
+      } else {
+        let_next_kernel_start();
+      }
+      store_tile<kTokens, kSharedRows>(sums, result, upper, lower, row_of_tile, tiles.token(tile) * kTokens, tiles.row(tile) * kRows,
+                                       out, shape);
+    }
+  }
+  if constexpr (kCluster > 1) meet_cluster();  // no block leaves while another still arrives at its barriers
+#endif
+}
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                                 const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// The driver's function that describes a tensor to the copy engine; found at run time, so that nothing links to the driver.
+EncodeTiled find_encoder() {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+  return code == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(found) : nullptr;
+}
+
+int multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+template <int kTokens, bool kSharedRows, int kCluster>
+int launch(const void* x, const void* codes, const void* scale, const int8_t* zero_point, const void* bias, void* out,
+           TileShape shape, void* stream) {
+  static const EncodeTiled encode = find_encoder();
+  if (!encode) return static_cast<int>(cudaErrorNotSupported);
+  CUtensorMap map;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(shape.columns), static_cast<cuuint64_t>(shape.tokens)};
+  const cuuint64_t strides[] = {2 * sizes[0]};
+  const cuuint32_t box[] = {kStep, kTokens / kCluster}, steps[] = {1, 1};
+  if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(x), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
+    return static_cast<int>(cudaErrorInvalidValue);
+  }
+  constexpr int kRows = kSharedRows ? kGroupRows : 2 * kGroupRows;
+  constexpr int kRing = kStages<kTokens> * kTokens * kStepBytes, kResult = kTokens * (kRows + kPad) * 2;
+  constexpr int kHalves = kSharedRows ? kGroupRows * kTokens * 4 : 0, kAlignment = 1024;
+  int group_shift = 0;
+  while (128 << group_shift < shape.columns / shape.groups) ++group_shift;
+  if (shape.groups == 1) group_shift = kNoShift;
+  const int row_tiles = ((shape.rows + kRows - 1) / kRows + kCluster - 1) / kCluster * kCluster;
+  const Tiles tiles = {row_tiles, row_tiles * ((shape.tokens + kTokens - 1) / kTokens)};
+  const auto kernel = zero_point ? matmul_int4_kernel<kTokens, kSharedRows, kCluster, false>
+                                 : matmul_int4_kernel<kTokens, kSharedRows, kCluster, true>;
+  const dim3 blocks(std::min(tiles.all, multiprocessors() / kCluster * kCluster));
+  const Layout layout = {blocks, dim3(kThreads), kRing + std::max(kResult, kHalves) + kAlignment, true, kCluster};
+  return launch_kernel(kernel, layout, stream, map, static_cast<const uint32_t*>(codes), static_cast<const __nv_bfloat16*>(scale),
+                       zero_point, static_cast<const __nv_bfloat16*>(bias), static_cast<__nv_bfloat16*>(out), shape, group_shift,
+                       tiles);
+}
+
+}  // namespace
+
+int matmul_int4(const void* x, const void* codes, const void* scale, const int8_t* zero_point, const void* bias, void* out,
+                TileShape shape, TileLaunch cut, void* stream) {
+  const auto is = [&](int tokens, bool shared_rows, int cluster) {
+    return cut.tokens == tokens && cut.shared_rows == shared_rows && cut.cluster == cluster;
+  };
+  const auto run = [&](auto launch) { return launch(x, codes, scale, zero_point, bias, out, shape, stream); };
+  if (is(64, true, 1)) return run(launch<64, true, 1>);
+  if (is(128, true, 1)) return run(launch<128, true, 1>);
+  if (is(128, true, 2)) return run(launch<128, true, 2>);
+  if (is(128, true, 4)) return run(launch<128, true, 4>);
+  if (is(128, false, 1)) return run(launch<128, false, 1>);
+  if (is(256, false, 1)) return run(launch<256, false, 1>);
+  if (is(256, false, 2)) return run(launch<256, false, 2>);
+  return -1;
+}
+
+}  // namespace qrealign
