@@ -142,13 +142,14 @@ def test_routes_for_more_tokens(recipe: Recipe, tokens: int) -> None:
         assert_close(kernels.packed_linear(x, packed, bias), expected, 2e-3)
 
 
+@pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("recipe", [RECIPES[3], RECIPES[1]], ids=str)
 def test_a_dequantized_copy_is_made_in_parts(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_linear, "DENSE_BYTES", 1)
     shapes = []
     product = torch.mm
     monkeypatch.setattr(torch, "mm", lambda x, w, **out: shapes.append(w.shape[1]) or product(x, w, **out))
-    with kernels.use_backend("triton"), launches.forced("linear_routes", {"INT8_FEW": 0, "INT4_FEW": 0}):
+    with launches.forced("linear_routes", {"INT8_FEW": 0, "INT4_FEW": 0}):
         packed, plain = repack_both(recipe, *random_weight(recipe, 300, 128))
         x, bias = torch.randn(2, 128).half(), torch.randn(300)
         for out_dtype in (torch.float16, torch.float32):
