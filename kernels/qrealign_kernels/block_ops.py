@@ -38,13 +38,11 @@ def add_rms_norm(
         offset 0, else in x's; both `[..., K]`.
 
     Raises:
-        ValueError: a shape does not fit.
-        TypeError: a tensor is not floating point, or the branch has another dtype than x.
+        ValueError: a shape does not fit, or the branch is not as x is.
+        TypeError: a tensor is not floating point.
         BackendUnavailableError: the backend chosen by name cannot take this tensor.
     """
-    check_norm(x, weight)
-    if branch is not None and (branch.shape != x.shape or branch.dtype != x.dtype):
-        raise ValueError(f"branch must be {tuple(x.shape)} {x.dtype} as x is, got {tuple(branch.shape)} {branch.dtype}")
+    _check_sum(x, branch, weight)
     if torch.compiler.is_compiling():
         return add_rms_norm_ref(x, branch, weight, eps, offset=offset)
     with torch.no_grad():
@@ -142,7 +140,7 @@ def decode_attention(
 def _check_sum(x: Tensor, branch: Tensor | None, weight: Tensor, num_bits: int = 8) -> None:
     check_norm(x, weight, num_bits)
     if branch is not None and (branch.shape != x.shape or branch.dtype != x.dtype):
-        raise ValueError(f"branch must be {tuple(x.shape)} {x.dtype}, got {tuple(branch.shape)} {branch.dtype}")
+        raise ValueError(f"branch must be {tuple(x.shape)} {x.dtype} as x is, got {tuple(branch.shape)} {branch.dtype}")
 
 
 def _check_attention(

@@ -101,7 +101,7 @@ def _decode_attention_fwd_kernel(
     buffers' dtype, as in the attention of libraries.
     """
     b = (tl.program_id(0) // HEADS).to(tl.int64)
-    h = tl.program_id(0) % HEADS
+    h = (tl.program_id(0) % HEADS).to(tl.int64)  # times a stride: long buffers of many heads pass 2**31
     split = tl.program_id(1)
     o_d, o_g = tl.arange(0, DP), tl.arange(0, GROUP_P)
     m_d = o_d < D

@@ -112,8 +112,11 @@ def test_running_text_weighs_the_same_everywhere(models, encoder):
     assert sample.positions.tolist() == [0, 1, 2, 3] and torch.allclose(sample.weights, torch.full((4,), 0.5))
 
 
-def test_coarse_activations_get_a_stronger_recipe():
+def test_four_bits_get_a_recipe_of_their_own():
     fine, coarse = (method_settings("realign", activation_bits=bits) for bits in (8, 4))
     assert coarse.edit_rank > fine.edit_rank and coarse.transform_learning_rate and not fine.transform_learning_rate
     assert method_settings("rtn", activation_bits=4) == method_settings("rtn")
     assert method_settings("realign", activation_bits=4, edit_rank=3).edit_rank == 3
+    weights = method_settings("realign", weight_bits=4)
+    assert weights.benign_weight > fine.benign_weight and weights.edit_rank == fine.edit_rank
+    assert method_settings("realign", weight_bits=4, activation_bits=4) == coarse
