@@ -55,6 +55,6 @@ CASES = (
         kernel=triton_block._join_attention_fwd_kernel,
         table="join_attention",
         types={"out_ptr": "*bf16", "cells_ptr": "*i64"},
-        constants=_HEADS | {"ADVANCE": True, "SPLITS": 8},
+        constants=_HEADS | {"ADVANCE": True, "SPLITS": 32},
     ),
 )

@@ -31,25 +31,28 @@ def attention_calls(batch: int, heads: int, groups: int) -> Calls:
     """Return steps of all rows in a half-filled cache; the mask of padding is read as in generation."""
     count = rotations(2 * batch * groups * FILLED * HEAD_SIZE * 2)
     shape = (batch, groups, CELLS, HEAD_SIZE)
-    steps = []
+    calls: Calls = []
     for _ in range(count):
         states = torch.randn(batch, heads + 2 * groups, HEAD_SIZE, device="cuda").bfloat16()
         turn = torch.rand(1, HEAD_SIZE, device="cuda").bfloat16().expand(batch, -1)
-        buffers = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-        steps.append(
+        query, key, value = states.split([heads, groups, groups], dim=1)
+        calls.append(
             partial(
                 kernels.decode_attention,
-                *states.split([heads, groups, groups], dim=1),
-                turn,
-                turn,
-                *buffers,
-                torch.full((1,), FILLED, device="cuda"),
-                torch.ones(batch, CELLS, device="cuda", dtype=torch.bool),
+                query,
+                key,
+                value,
+                cos=turn,
+                sin=turn,
+                keys=torch.randn(shape, device="cuda", dtype=torch.bfloat16),
+                values=torch.randn(shape, device="cuda", dtype=torch.bfloat16),
+                cells=torch.full((1,), FILLED, device="cuda"),
+                mask=torch.ones(batch, CELLS, device="cuda", dtype=torch.bool),
                 length=CELLS,
                 scaling=HEAD_SIZE**-0.5,
             )
         )
-    return list(steps)
+    return calls
 
 
 def gate_candidates(key: str) -> list[Choice]:

@@ -20,6 +20,8 @@ from qrealign_kernels.triton_overlap import overlap, wait_for_inputs
 MOST_HEADS = 64  # of queries that share a key: their scores with a tile of keys are held at once
 _LEAST_ROWS = 16  # of a tile for the tensor cores; the memory sets the pace, so that empty rows cost nothing
 
+_ROW_BYTES = 256  # of the heads that the launch table is for: tiles of wider ones hold fewer cells
+
 
 @triton.jit
 def _add_rms_norm_fwd_kernel(
@@ -277,11 +279,13 @@ def decode_attention(
         )
     query, key, value = (_heads_together(states) for states in (query, key, value))
     choice = dict(launches.choice("decode_attention", f"p{triton.next_power_of_2(batch * groups)}", query.device))
-    splits = choice["SPLITS"]
+    splits, padded = choice["SPLITS"], max(_LEAST_ROWS, triton.next_power_of_2(size))
+    wider = padded * query.element_size() / _ROW_BYTES
+    choice["BLOCK_S"] = max(_LEAST_ROWS, int(choice["BLOCK_S"] / max(1, wider)))
     part = torch.empty(batch * heads * splits, size, dtype=torch.float32, device=query.device)
     top, total = torch.empty(2, batch * heads * splits, dtype=torch.float32, device=query.device)
     out = torch.empty(batch, heads, size, dtype=query.dtype, device=query.device)
-    shape = {"D": size, "DP": max(_LEAST_ROWS, triton.next_power_of_2(size))}
+    shape = {"D": size, "DP": padded}
     with on_device_of(query):
         _decode_attention_fwd_kernel[(batch * groups, splits)](
             query,

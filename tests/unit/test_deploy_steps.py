@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import StaticCache
 
 import qrealign_kernels
 from qrealign.arch import block_spec
@@ -110,7 +111,20 @@ def test_a_norm_keeps_what_it_was_asked_to_sum_and_nothing_else() -> None:
     assert norm._last is None
 
 
-def test_compiled_steps_and_additive_masks_go_the_way_of_the_class(counted: list[int]) -> None:
+def test_a_compiled_model_goes_the_way_of_the_class(counted: list[int]) -> None:
+    model, fused = fused_pair("llama")
+    input_ids, _ = random_batch(length=5)
+    found = []
+    for run in (model, torch.compile(fused, fullgraph=True, backend="eager")):
+        cache = StaticCache(config=model.config, max_cache_len=8)
+        with torch.no_grad():
+            model(input_ids, past_key_values=cache)
+            found.append(run(input_ids[:, :1], past_key_values=cache).logits)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+    assert counted == []
+
+
+def test_additive_masks_go_the_way_of_the_class(counted: list[int]) -> None:
     model, fused = fused_pair("llama")
     for one in (model, fused):
         one.set_attn_implementation("eager")
