@@ -87,7 +87,7 @@ void row_gradients(uintptr_t grad, uintptr_t weight, uintptr_t extremes, uintptr
 }  // namespace
 
 PYBIND11_MODULE(_C_cuda, module) {
-  module.doc() = "Decode kernels for NVIDIA GPUs; arguments are addresses, sizes and a stream handle.";
+  module.doc() = "Kernels for NVIDIA GPUs; arguments are addresses, sizes and a stream handle.";
   module.def("unusable_reason", &qrealign::unusable_reason);
   module.def("decode_int4", &decode_int4);
   module.def("decode_int8", &decode_int8);
