@@ -20,8 +20,7 @@ from qrealign_kernels.reference import MIN_SCALE, code_range
 from qrealign_kernels.reference_calibration import WeightGradients, WeightTransform
 from qrealign_kernels.triton_common import as_float, on_device_of, tile_width, width_key
 
-VECTOR = 8  # columns of one load
-_LOAD = 16  # bytes of it, at an address that they divide
+VECTOR = 8  # columns of one load: 16 bytes
 _PER_VECTOR = 512 * VECTOR  # columns of which each thread of the largest block has one load
 _MOST_VECTORS = {"cuda_round_rows": 4, "cuda_row_gradients": 2}
 
@@ -88,11 +87,11 @@ def row_gradients(
     launch = _launch("cuda_row_gradients", weight, transform, grid)
     if launch is None or transform.column_scale is None or grad.dtype != torch.bfloat16:
         return None
-    grad = _aligned(grad.contiguous())
+    grad = grad.contiguous()
     rows, columns = weight.shape
     multiprocessors = _multiprocessors(weight.device)
     given = (low_logit, high_logit, transform.column_scale, transform.row_divisor)
-    inputs = [None if tensor is None else _aligned(as_float(tensor)) for tensor in given]
+    inputs = [None if tensor is None else as_float(tensor) for tensor in given]
     sizes = ((rows, 1), (rows, 1), (columns,), (rows,))
     results = [
         None if tensor is None else weight.new_empty(size, dtype=torch.float32)
@@ -126,7 +125,7 @@ def _round(
 ) -> None:
     """Fill rounded weights, codes, scales and extremes, of which those that are None are not wanted."""
     given = (low_logit, high_logit, transform.column_scale, transform.row_divisor)
-    inputs = [None if tensor is None else _aligned(as_float(tensor)) for tensor in given]
+    inputs = [None if tensor is None else as_float(tensor) for tensor in given]
     with on_device_of(weight):
         cuda.extension().round_rows(
             *_addresses(weight, *inputs),
@@ -141,7 +140,7 @@ def _launch(kernel: str, weight: Tensor, transform: WeightTransform, grid: dict[
     columns = weight.shape[1]
     if not cuda.serves(weight) or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
         return None
-    if columns % VECTOR or columns > _PER_VECTOR * _MOST_VECTORS[kernel] or weight.data_ptr() % _LOAD:
+    if columns % VECTOR or columns > _PER_VECTOR * _MOST_VECTORS[kernel] or weight.data_ptr() % 16:
         return None
     if (
         transform.left is not None
@@ -156,11 +155,6 @@ def _launch(kernel: str, weight: Tensor, transform: WeightTransform, grid: dict[
 
 def _codes(grid: dict[str, Any]) -> tuple[int, int, float]:
     return (*code_range(grid["num_bits"]), MIN_SCALE)
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Return a tensor where a load of eight columns may start: itself, or a copy of part of another one."""
-    return tensor.clone() if tensor.data_ptr() % _LOAD else tensor
 
 
 def _addresses(*tensors: Tensor | None) -> list[int]:

@@ -52,17 +52,6 @@ def test_long_rows_get_more_loads_a_thread(extension: Recorder) -> None:
     assert extension.calls[0][1][-4:] == (3, 2, 3, STREAM)
 
 
-def test_parts_of_other_tensors_are_read_from_where_loads_may_start(extension: Recorder) -> None:
-    weight, extremes = torch.randn(4, 64).bfloat16(), torch.zeros(2, 4, 1)
-    grad, scale = torch.randn(4 * 64 + 1).bfloat16()[1:].view(4, 64), torch.rand(65)[1:]
-    cuda_weight.row_gradients(grad, weight, None, None, WeightTransform(scale), extremes, **GRID)
-    cuda_weight.encode_rows(weight, None, None, WeightTransform(scale), **GRID)
-    for name, arguments in extension.calls:
-        addresses = arguments[:6] if name == "row_gradients" else arguments[:5]
-        assert all(address % 16 == 0 for address in addresses), name
-    assert len(extension.calls) == 2
-
-
 @pytest.mark.parametrize(
     ("weight", "transform", "grid"),
     [
