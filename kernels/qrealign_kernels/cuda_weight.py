@@ -150,7 +150,9 @@ def _launch(kernel: str, weight: Tensor, transform: WeightTransform, grid: dict[
     ):
         return None
     choice = launches.find(kernel, width_key(tile_width(columns)), weight.device)
-    return None if choice is None else (max(choice["VECTORS"], -(-columns // _PER_VECTOR)), choice["BLOCKS"])
+    if choice is None:
+        return None
+    return min(max(choice["VECTORS"], -(-columns // _PER_VECTOR)), _MOST_VECTORS[kernel]), choice["BLOCKS"]
 
 
 def _codes(grid: dict[str, Any]) -> tuple[int, int, float]:
