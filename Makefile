@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Modules are compiled when they are first imported: compiling all that is installed took over a minute.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 TORCH := $(shell sed -n 's/^\(torch==[^;]*\).*/\1/p' constraints.txt)
 # Without an NVIDIA driver, torch's CPU build is enough and gigabytes smaller. Where that index is out of reach, pip goes on
 # with the ones it knows.
@@ -76,16 +77,16 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) has no venv: on Debian and Ubuntu, install python3-venv" >&2; exit 1; }
 
 $(VENV)/.installed: $(INSTALLED_FROM) | $(BIN)/python
-	$(PIP) install --no-deps $(TORCH_INDEX) $(TORCH)
-	$(PIP) install -c constraints.txt -e .
+	$(INSTALL) --no-deps $(TORCH_INDEX) $(TORCH)
+	$(INSTALL) -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.installed-serve: $(INSTALLED_FROM) | $(BIN)/python
-	$(PIP) install --no-deps $(TORCH_INDEX) $(TORCH)
-	$(PIP) install -c constraints.txt -e '.[serve]'
+	$(INSTALL) --no-deps $(TORCH_INDEX) $(TORCH)
+	$(INSTALL) -c constraints.txt -e '.[serve]'
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-dev: $(INSTALLED_FROM) | $(BIN)/python
-	$(PIP) install --no-deps $(TORCH_INDEX) $(TORCH)
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(INSTALL) --no-deps $(TORCH_INDEX) $(TORCH)
+	$(INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $(VENV)/.installed $(VENV)/.installed-serve $@

@@ -58,6 +58,8 @@ class BlockSpec:
         expert_linears: leaf names of an expert's gate, up and down linears, as checkpoints call them.
         renames: pairs (text in our tensor names, text in the checkpoint's).
         heads: attention geometry, filled in from the configuration.
+        plain_steps: a block is norm, attention behind rotary embeddings, norm and gated MLP, both added to the residual
+            stream, under the names of Llama's, and nothing else.
         known: False for an architecture that is no row of the table (no transforms then, clipping only).
     """
 
@@ -72,6 +74,7 @@ class BlockSpec:
     expert_linears: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     renames: tuple[tuple[str, str], ...] = ()
     heads: Heads | None = None
+    plain_steps: bool = False
     known: bool = True
 
     def block_name(self, index: int) -> str:
@@ -113,9 +116,9 @@ _LLAMA_SITES = (_NORM_TO_QKV, _V_TO_OUT, _Q_TO_K, _NORM_TO_MLP, _UP_TO_DOWN)
 _QK_NORM_SITES = (_NORM_TO_QKV, _V_TO_OUT, _NORM_TO_MLP, _UP_TO_DOWN)
 
 _ROWS = (
-    BlockSpec(model_type="llama", sites=_LLAMA_SITES),
-    BlockSpec(model_type="mistral", sites=_LLAMA_SITES),
-    BlockSpec(model_type="qwen2", sites=_LLAMA_SITES),
+    BlockSpec(model_type="llama", sites=_LLAMA_SITES, plain_steps=True),
+    BlockSpec(model_type="mistral", sites=_LLAMA_SITES, plain_steps=True),
+    BlockSpec(model_type="qwen2", sites=_LLAMA_SITES, plain_steps=True),
     BlockSpec(model_type="qwen3", sites=_QK_NORM_SITES),
     BlockSpec(
         model_type="gemma2",

@@ -9,13 +9,16 @@ from qrealign.calibrate.methods import EDITS, ENGINES, SCHEDULES
 from qrealign.pipeline.methods import METHODS
 from qrealign.pipeline.options import EVALUATION_SIZES, RunOptions, merge_options
 from qrealign.repair.settings import REPAIRS
+from qrealign.status import BAD_INPUT, FAILED, INTERRUPTED
 
-_EPILOG = """\
+_EPILOG = f"""\
 Without --model the shipped demo is realigned into out/demo. Models are folders or Hub ids; data are files (.json,
 .jsonl, .csv, .txt, also .gz) or Hub ids, with an optional filter: file.jsonl.gz?source=advbench,xstest. Data options
 take several values. What is not given is taken from the prompts shipped with the project.
 
 `python -m qrealign.run doctor` prints versions, devices and kernels: which are usable here, and why others are not.
+
+exit status: 0 done, whatever the verdict, {BAD_INPUT} bad input, {FAILED} the run failed, {INTERRUPTED} interrupted
 """
 
 
@@ -162,9 +165,9 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
         "--memory",
         choices=("auto", "resident", "low", "streamed"),
         metavar="NAME",
-        help="where weights are: resident on the device, low (resident in fewer bits), streamed from the host; "
-        "auto (default) takes the first that fits. The block-wise engine holds one block, and with low or streamed "
-        "its activations on the host",
+        help="where weights are: resident on the device, low (up to 8 GiB of their blocks there, the others come from "
+        "the host), streamed (all of them come); auto (default) keeps what fits. The block-wise engine holds one "
+        "block, and with low or streamed its activations on the host",
     )
     group.add_argument(
         "--resume",

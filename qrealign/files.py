@@ -100,9 +100,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
     from safetensors.torch import save_file
 
     with write_aside(path) as aside:
+        aside.touch()
+        mode = aside.stat().st_mode
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, dict(metadata or {})
         )
+        aside.chmod(mode)  # the library lets nobody but the owner read: a server often runs as somebody else
 
 
 def sha256_of_text(*parts: str) -> str:

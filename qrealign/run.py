@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Sequence
 
-from qrealign.errors import ConfigError, QrealignError
-
-EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
+from qrealign.status import exit_status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,15 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(report())
         return 0
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    try:
-        return _run(arguments)
-    except QrealignError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_FAILED
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues where it stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return exit_status(lambda: _run(arguments), interrupted="the same command continues where it stopped")
 
 
 def _run(arguments: Sequence[str] | None) -> int:

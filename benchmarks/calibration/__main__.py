@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from benchmarks.exits import exit_status
+from qrealign.status import exit_status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -77,6 +77,7 @@ _CASES = (
         extrapolated=True,
     ),
     _FAST,
+    replace(_FAST, name="fast-whole", title="block-wise, fast mode, no early stop", overrides={"plateau": 0.0}),
     replace(_FAST, name="fast-two-gpus", title="block-wise, fast mode, two GPUs", gpus=2),
     _PARITY,
     replace(_PARITY, name="parity-low", title="block-wise, parity mode, low memory", flags=("--memory", "low")),

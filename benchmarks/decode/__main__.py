@@ -48,10 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    import torch
-
     from benchmarks.calibration.geometries import find_geometry
-    from benchmarks.decode.measure import Settings, load, measure, profile_steps
+    from benchmarks.decode.measure import Settings, load, measure, profile_steps, random_prompt
     from qrealign.models.device import choose_device
 
     geometry, device = find_geometry(options.geometry, options.layers), choose_device(options.device)
@@ -65,7 +63,7 @@ def _measure(options: argparse.Namespace) -> None:
                 store_rows(options.results, [row])
                 print(f"{name} batch {batch} {'compiled' if compiled else 'plain'}: {row.step_ms:.3f} ms", flush=True)
                 if options.profile and device.type == "cuda":
-                    kernels = profile_steps(decoder, torch.full((batch,), 3, device=device))
+                    kernels = profile_steps(decoder, random_prompt(geometry, settings, device))
                     store_profile(options.results, row, kernels)
                 del decoder
         del model

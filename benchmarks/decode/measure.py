@@ -18,6 +18,7 @@ from benchmarks.decode.synthetic import random_source
 from qrealign.deploy.decoder import StaticDecoder
 from qrealign.deploy.load import deploy_model
 from qrealign.pack.source import PackedSource
+from qrealign_kernels.triton_common import one_by_one
 
 CACHE_TOKENS = 2048
 PROMPT_TOKENS = 1024
@@ -86,7 +87,7 @@ def measure(
     decoder = StaticDecoder(
         model, batch_size=settings.batch, max_length=settings.cache_tokens, compile_step=settings.compiled
     )
-    prompt = torch.randint(3, geometry.vocabulary, (settings.batch, settings.prompt_tokens), device=device)
+    prompt = random_prompt(geometry, settings, device)
     prefills = time_calls(lambda: decoder.prefill(prompt), PREFILLS, device)
     token_ids = decoder.prefill(prompt).argmax(dim=-1)
 
@@ -119,6 +120,11 @@ def measure(
     return row, decoder
 
 
+def random_prompt(geometry: Geometry, settings: Settings, device: torch.device) -> Tensor:
+    """Return `[batch, prompt_tokens]` token ids."""
+    return torch.randint(3, geometry.vocabulary, (settings.batch, settings.prompt_tokens), device=device)
+
+
 def time_calls(call: Callable[[], object], count: int, device: torch.device) -> list[float]:
     """Return the seconds of `count` calls, each between two events of the GPU, after some that are not counted."""
     for _ in range(1 + int(WARM_UP * count)):
@@ -138,10 +144,16 @@ def time_calls(call: Callable[[], object], count: int, device: torch.device) -> 
     return [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(events)]
 
 
-def profile_steps(decoder: StaticDecoder, token_ids: Tensor, steps: int = 8) -> dict[str, tuple[float, int]]:
-    """Return the GPU's microseconds and launches a step of every kernel by name, the longest first."""
+def profile_steps(decoder: StaticDecoder, prompt: Tensor, steps: int = 8) -> dict[str, tuple[float, int]]:
+    """Return the GPU's microseconds and launches a step of every kernel by name, the longest first.
+
+    Each kernel runs alone here. Those that are started early otherwise would be charged with the time they wait.
+    """
     from torch.profiler import ProfilerActivity, profile
 
+    with one_by_one():
+        decoder.record()
+    token_ids = decoder.prefill(prompt).argmax(dim=-1)
     with profile(activities=[ProfilerActivity.CUDA]) as record:
         for _ in range(steps):
             decoder.step(token_ids)

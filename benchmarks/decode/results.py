@@ -31,7 +31,7 @@ _FIGURES = {
 
 # What a kernel does, by the first pattern that its name holds; torch.compile names its own after the operations.
 _PARTS = {
-    "attention": r"sdpa|flash|cudnn",
+    "attention": r"sdpa|flash|cudnn|_attention_fwd",
     "products": r"gemv|_few_|_tile_|nvjet|splitK|gemm|decode_int",
     "norms, gates, quantization": r"rms_norm|rsqrt|silu|quantize|amax",
 }
@@ -68,7 +68,8 @@ def publish(rows: Sequence[Cells], folder: Path, document: Path | None = None) -
     """Return the tables; write them into `document` and the headline figures into the summary."""
     text = decode_table(rows)
     if profiles := read_profiles(folder):
-        text += f"\nMicroseconds of a step by kind of kernel (what lacks is gaps):\n\n{part_table(profiles)}"
+        what = "Microseconds of a step by kind of kernel, each run alone; in a step one starts while the last one ends"
+        text += f"\n{what}:\n\n{part_table(profiles)}"
     if document is not None:
         put_table(document, TABLE, text)
     found = headline(rows)
@@ -79,21 +80,20 @@ def publish(rows: Sequence[Cells], folder: Path, document: Path | None = None) -
 
 
 def decode_table(rows: Sequence[Cells]) -> str:
-    """Return a line for each row, with its speed against the bf16 row of the same settings."""
+    """Return a line for each row, with its speed against bf16 under the same settings, and against compiled bf16."""
     header = ["geometry", "weights", "batch", "step", "prefill, tokens/s", "step, ms", "tokens/s", "times bf16"]
-    header += ["weights, GB", "with cache, GB", "peak, GB", "peak while loading, GB", "commit"]
+    header += ["times compiled bf16", "weights, GB", "with cache, GB", "peak, GB", "peak while loading, GB", "commit"]
     lines = []
     for row in rows:
-        base = _baseline(rows, row)
-        ratio = "" if base is None else f"{float(base['step_ms']) / float(row['step_ms']):.2f}"
         lines.append(
             [row["geometry"], row["weights"], row["batch"], "compiled" if row["compiled"] == "True" else "plain"]
             + [f"{float(row['prefill_tokens_per_s']):,.0f}", f"{float(row['step_ms']):.3f}"]
-            + [f"{float(row['tokens_per_s']):,.0f}", ratio]
+            + [f"{float(row['tokens_per_s']):,.0f}"]
+            + [_ratio(rows, row, row["compiled"]), _ratio(rows, row, "True")]
             + [f"{int(row[f'{name}_bytes']) / _GB:.2f}" for name in ("weight", "total", "peak", "loading")]
             + [row["commit"]]
         )
-    return markdown_table(header, lines, "llrl" + "r" * 8)
+    return markdown_table(header, lines, "llrl" + "r" * 9)
 
 
 def read_profiles(folder: Path) -> dict[str, list[Cells]]:
@@ -125,7 +125,7 @@ def headline(rows: Sequence[Cells]) -> tuple[dict[str, float], dict[str, str]] |
         of_goal = (row["geometry"], row["batch"], row["compiled"]) == (_GEOMETRY, "1", "False")
         if not of_goal or row["weights"] not in _FIGURES:
             continue
-        base = _baseline(rows, row)
+        base = _baseline(rows, row, row["compiled"])
         speed, memory = _FIGURES[row["weights"]]
         if base is not None:
             values[speed] = round(float(base["step_ms"]) / float(row["step_ms"]), 3)
@@ -134,10 +134,15 @@ def headline(rows: Sequence[Cells]) -> tuple[dict[str, float], dict[str, str]] |
     return (values, stamp) if values else None
 
 
-def _baseline(rows: Sequence[Cells], row: Cells) -> Cells | None:
-    """Return the bf16 row of the same settings and device."""
-    same = [name for name in _KEY if name != "weights"]
-    return next((one for one in rows if one["weights"] == "bf16" and all(one[n] == row[n] for n in same)), None)
+def _ratio(rows: Sequence[Cells], row: Cells, compiled: str) -> str:
+    base = _baseline(rows, row, compiled)
+    return "" if base is None else f"{float(base['step_ms']) / float(row['step_ms']):.2f}"
+
+
+def _baseline(rows: Sequence[Cells], row: Cells, compiled: str) -> Cells | None:
+    """Return the bf16 row of the same settings and device, its step compiled or not."""
+    wanted = row | {"weights": "bf16", "compiled": compiled}
+    return next((one for one in rows if all(one[name] == wanted[name] for name in _KEY)), None)
 
 
 def _write(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -11,7 +11,11 @@ import triton
 
 from qrealign_kernels import launches
 
-PARTS = ("benchmarks.fit.calibration", "benchmarks.fit.products")  # each has CASES, a tuple of `Case`
+PARTS = (
+    "benchmarks.fit.calibration",
+    "benchmarks.fit.products",
+    "benchmarks.fit.blocks",
+)  # each has CASES, a tuple of `Case`
 OPTIONS = ("num_warps", "num_stages")  # of a launch choice; all else but HOST is a constexpr argument
 HOST = ("PROGRAMS", "TOKENS")  # of a launch choice; read by the launching code alone
 

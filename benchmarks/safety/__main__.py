@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; return 0, or another exit status after one sentence on standard error."""
-    from benchmarks.exits import exit_status
     from benchmarks.safety.command import run_command  # imports torch, which a worker's start does not need here
+    from qrealign.status import exit_status
 
     return exit_status(lambda: run_command(arguments), interrupted="the same command goes on with what is missing")
 

@@ -28,6 +28,7 @@ class Result:
     seconds: float
     evaluation_seconds: float
     commit: str | None
+    date: str
     machine: dict[str, str]
 
 
@@ -123,6 +124,7 @@ def _result(job: Job, value: dict) -> Result:
         seconds=sum(second for name, second in seconds.items() if name not in _MEASURING),
         evaluation_seconds=seconds["evaluate"],
         commit=value["commit"],
+        date=value["created"][:10],
         machine=value["versions"],
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -17,8 +16,9 @@ from benchmarks.safety.aggregate import comparisons_of, load_results, rows_of
 from benchmarks.safety.plan import SCHEMES, SEEDS, FineTuned, Limits, Plan, read_options, split_method
 from benchmarks.safety.plots import draw_plots
 from benchmarks.safety.runner import forget, run_plan
-from benchmarks.safety.tables import check_docs, markdown, render_docs, write_csv, write_summary
+from benchmarks.safety.tables import check_docs, markdown, record_headline, render_docs, write_csv, write_summary
 from benchmarks.safety.variants import RECORD, parse_variant
+from benchmarks.summary import SUMMARY, commit
 from qrealign.cli import METHODS  # every method that qrealign.run offers
 from qrealign.errors import ConfigError, QrealignError
 from qrealign.files import read_json, write_text
@@ -96,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     running.add_argument("--again", nargs="+", default=[], metavar="METHOD", help="forget these methods' results first")
     running.add_argument("--only-report", action="store_true", help="run nothing: tables and plots of what is there")
     running.add_argument("--docs", type=Path, metavar="FILE", help="put the tables between this document's markers")
+    running.add_argument("--results", type=Path, metavar="DIR", help="keep table and headline figures there as well")
     return parser
 
 
@@ -121,7 +122,7 @@ def run_command(arguments: Sequence[str] | None = None) -> bool:
         say(f"{len(plan.measurements())} measurements, {workers or 1} workers of {threads} threads on {where}")
         spread_out = [devices[index % len(devices)] for index in range(workers)]
         failed = run_plan(plan, spread_out, threads=threads, say=say)
-    report(plan, args.docs)
+    report(plan, args.docs, args.results)
     return bool(failed)
 
 
@@ -162,7 +163,7 @@ def make_plan(args: argparse.Namespace, devices: Sequence[str]) -> Plan:
         batch_size=args.batch_size,
         keep_models=args.keep_models,
         device=devices[0].partition(":")[0],
-        commit=find_commit(),
+        commit=commit(),
     )
 
 
@@ -245,19 +246,8 @@ def check_models(plan: Plan) -> int:
     return size
 
 
-def find_commit() -> str | None:
-    """Return the commit of this checkout, with `-dirty` where files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-def report(plan: Plan, docs: Path | None) -> None:
-    """Write table.csv, table.md, summary.json and plots, and the document where one is named."""
+def report(plan: Plan, docs: Path | None, kept: Path | None) -> None:
+    """Write table.csv, table.md, summary.json and plots, the document where one is named, and what is to be kept."""
     results, failures = load_results(plan)
     rows = rows_of(results)
     comparisons = comparisons_of(rows)
@@ -267,6 +257,9 @@ def report(plan: Plan, docs: Path | None) -> None:
     write_summary(plan.output / "summary.json", plan, rows, comparisons, failures, results)
     if docs is not None:
         render_docs(docs, text)
+    if kept is not None:
+        write_csv(kept / "safety.csv", results)
+        record_headline(kept / SUMMARY.name, rows, results)
     try:
         draw_plots(plan.output / "plots", rows)
     except QrealignError as error:

@@ -12,7 +12,8 @@ from typing import Any
 
 from benchmarks.docs import put_table, split_document
 from benchmarks.safety.aggregate import SHARES, Comparison, Estimate, Failure, Result, Row
-from benchmarks.safety.plan import REFERENCES, Plan
+from benchmarks.safety.plan import OURS, REFERENCES, Plan
+from benchmarks.summary import record
 from qrealign.files import write_json, write_text
 
 COLUMNS = (
@@ -40,6 +41,7 @@ TITLES = {
     "seconds": "repair, s",
 }
 NAMES = {"base": "base model", "aligned": "aligned model", "finetuned": "fine-tuned model", "rtn": "`rtn` (plain PTQ)"}
+HEADLINE = ("harmful_score", "over_refusal", "refusal_rate", "task_accuracy", "perplexity", "prefill_attack")
 DOCS_NAME = "safety table"
 LEGEND = (
     "Means over seeds. Brackets: 95 % interval over prompts (Wilson, a prompt's seeds counted as one cluster); "
@@ -84,7 +86,7 @@ def markdown(
     if len({row.variant for row in rows}) > 1:
         parts += ["### Over variants", _over_variants(rows)]
     if failures:
-        parts += ["### Not measured", "\n".join(f"- `{failure.job.name}`: {failure.error}" for failure in failures)]
+        parts += ["### Not measured", _missing(failures)]
     return "\n\n".join([*parts, _provenance(results)]) + "\n"
 
 
@@ -150,6 +152,20 @@ def _over_variants(rows: Sequence[Row]) -> str:
     return _grid(lines, left=2)
 
 
+def _missing(failures: Sequence[Failure]) -> str:
+    """Return a line per variant, method and reason, with the schemes and seeds that it is about."""
+    groups: dict[tuple[str, str, str], dict[str, list[int]]] = {}
+    for failure in failures:
+        job = failure.job
+        schemes = groups.setdefault((job.variant, job.method, failure.error), {})
+        schemes.setdefault(job.scheme, []).append(job.seed)
+    lines = []
+    for (variant, method, error), schemes in groups.items():
+        cells = [f", {scheme.upper()} seed {' '.join(map(str, seeds))}" for scheme, seeds in schemes.items() if scheme]
+        lines.append(f"- `{variant}`, {_name(method)}{''.join(cells)}: {error}")
+    return "\n".join(lines)
+
+
 def _grid(lines: Sequence[Sequence[str]], *, left: int) -> str:
     """Return a Markdown table; the first `left` columns are aligned to the left."""
     rule = ["---"] * left + ["--:"] * (len(lines[0]) - left)
@@ -198,6 +214,21 @@ def write_summary(
             "machines": [dict(item) for item in sorted({tuple(sorted(r.machine.items())) for r in results})],
         },
     )
+
+
+def record_headline(path: Path, rows: Sequence[Row], results: Sequence[Result]) -> None:
+    """Keep this project's own figures of the first variant, by scheme, in the summary of all benchmarks."""
+    ours = [row for row in rows if row.method == OURS and row.variant == rows[0].variant]
+    values = {
+        f"{row.scheme}_{name}": round(row.figures[name].mean, 2)
+        for row in ours
+        for name in HEADLINE
+        if name in row.figures
+    }
+    if values:
+        last = max((result for result in results if result.job.method == OURS), key=lambda result: result.date)
+        stamp = {"device": last.machine["device"], "torch": last.machine["torch"]}
+        record("safety", values, stamp={**stamp, "commit": last.commit or "unknown", "date": last.date}, path=path)
 
 
 def check_docs(path: Path) -> None:

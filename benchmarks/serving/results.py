@@ -17,7 +17,7 @@ from qrealign.files import write_text
 RESULTS = Path(__file__).parents[1] / "results"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "serve.md"
 ROWS, TABLE = "serving.csv", "serving"
-_KEY = ("label", "device", "streams", "prompt_tokens", "tokens")
+_KEY = ("label", "scheme", "device", "streams", "prompt_tokens", "tokens")
 _MIB = 2**20
 
 
@@ -41,7 +41,7 @@ def store(folder: Path, row: dict[str, str]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(row), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda one: (one["label"], one["device"], int(one["streams"]))))
+    writer.writerows(sorted(rows, key=lambda one: (one["label"], one["scheme"], one["device"], int(one["streams"]))))
     write_text(folder / ROWS, text.getvalue())
 
 
@@ -50,6 +50,7 @@ def publish(rows: list[dict[str, str]], docs: Path | None) -> str:
     header = (
         "model",
         "device",
+        "tokens",
         "streams",
         "tokens/s",
         "first token, ms: p50",
@@ -58,6 +59,7 @@ def publish(rows: list[dict[str, str]], docs: Path | None) -> str:
         "next token, ms: p50",
         "p95",
         "p99",
+        "commit",
     )
     numbers = (
         "tokens_per_s",
@@ -69,14 +71,20 @@ def publish(rows: list[dict[str, str]], docs: Path | None) -> str:
         "token_p99_ms",
     )
     lines = [
-        (f"{row['label']}, {row['scheme']}", row["device"], row["streams"], *(_short(row[name]) for name in numbers))
+        (
+            f"{row['label']}, {row['scheme']}",
+            row["device"],
+            f"{row['prompt_tokens']} + {row['tokens']}",
+            row["streams"],
+            *(_short(row[name]) for name in numbers),
+            row["commit"],
+        )
         for row in rows
     ]
-    table = markdown_table(header, lines, "ll" + "r" * 8)
+    table = markdown_table(header, lines, "lll" + "r" * 8 + "l")
     if rows:
-        shapes = sorted({f"{row['prompt_tokens']} and {row['tokens']}" for row in rows})
-        versions = sorted({f"torch {row['torch']}, commit {row['commit']}, {row['date']}" for row in rows})
-        table += f"\nPrompt and answer tokens: {'; '.join(shapes)}. Measured with {'; '.join(versions)}.\n"
+        versions = sorted({f"torch {row['torch']}, {row['date']}" for row in rows})
+        table += f"\nTokens: of a prompt and of its answer. Measured with {'; '.join(versions)}.\n"
     if docs is not None:
         put_table(docs, TABLE, table)
     return table

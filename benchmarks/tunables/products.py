@@ -110,6 +110,12 @@ TUNABLES = (
         make_calls=partial(product_calls, 4, None),
     ),
     Tunable(
+        name="int4_fixed_gemv",
+        keys=GEMV_KEYS,
+        candidates=gemv_candidates,
+        make_calls=partial(product_calls, 4, None),
+    ),
+    Tunable(
         name="int8_few",
         keys=FEW_KEYS,
         candidates=int8_few_candidates,

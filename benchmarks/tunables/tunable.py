@@ -10,7 +10,12 @@ from typing import Any
 from qrealign_kernels.launches import Choice
 
 # Each has TUNABLES, a tuple of `Tunable`.
-PARTS = ("benchmarks.tunables.calibration", "benchmarks.tunables.products", "benchmarks.tunables.decode")
+PARTS = (
+    "benchmarks.tunables.calibration",
+    "benchmarks.tunables.products",
+    "benchmarks.tunables.decode",
+    "benchmarks.tunables.blocks",
+)
 
 Calls = list[Callable[[], object]]
 

@@ -1,6 +1,7 @@
 """Quantization ops of qrealign: each with its definition in PyTorch, Triton kernels for GPUs and C++ for CPUs."""
 
 from qrealign_kernels.backend import BackendUnavailableError, build_info, use_backend
+from qrealign_kernels.block_ops import add_rms_norm, add_rms_norm_quantize, decode_attention, silu_mul
 from qrealign_kernels.calibration_ops import (
     encode_weight,
     reduced_weight_gradient,
@@ -27,7 +28,10 @@ __all__ = [
     "BackendUnavailableError",
     "PackedWeight",
     "QuantizedActivations",
+    "add_rms_norm",
+    "add_rms_norm_quantize",
     "build_info",
+    "decode_attention",
     "dequantize_weight",
     "encode_weight",
     "fake_quant_per_token",
@@ -43,6 +47,7 @@ __all__ = [
     "repack_weight",
     "rms_norm_fake_quant",
     "rms_norm_quantize",
+    "silu_mul",
     "silu_mul_fake_quant",
     "silu_mul_quantize",
     "unpack_codes",

@@ -46,8 +46,7 @@ def use_backend(name: str | None) -> BackendChoice:
             QREALIGN_BACKEND gives the first choice.
 
     Raises:
-        ValueError: there is no such backend.
-        BackendUnavailableError: the backend cannot run on this machine.
+        BackendUnavailableError: there is no such backend, or it cannot run on this machine.
     """
     global _requested
     if name is not None:
@@ -93,7 +92,7 @@ def _preferred(tensor: Tensor) -> str:
 
 def _require(name: str) -> None:
     if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: use one of {', '.join(BACKENDS)}")
+        raise BackendUnavailableError(f"unknown backend {name!r}: use one of {', '.join(BACKENDS)}")
     if (reason := unavailable_reason(name)) is not None:
         raise BackendUnavailableError(f"backend {name!r} was asked for but is not usable: {reason}")
 

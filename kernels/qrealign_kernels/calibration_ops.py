@@ -12,6 +12,7 @@ from qrealign_kernels.autograd_calibration import RmsNormFakeQuantFunction, Silu
 from qrealign_kernels.backend import backend_for
 from qrealign_kernels.ops import check_activation, check_transform, check_weight, empty_codes
 from qrealign_kernels.quantized import QuantizedActivations
+from qrealign_kernels.reference_block import normed_dtype
 from qrealign_kernels.reference_calibration import WeightGradients
 
 
@@ -142,10 +143,10 @@ def rms_norm_quantize(
         TypeError: x or the weight is not floating point.
         BackendUnavailableError: the backend chosen by name cannot take this tensor.
     """
-    _check_norm(x, weight, num_bits)
+    check_norm(x, weight, num_bits)
     run = _rms_norm_quantize_op if torch.compiler.is_compiling() else _rms_norm_quantize
     codes, scale = run(x, weight, eps, offset, num_bits)
-    return QuantizedActivations(codes, scale, _normed_dtype(x, weight, offset))
+    return QuantizedActivations(codes, scale, normed_dtype(x, weight, offset))
 
 
 def rms_norm_fake_quant(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, num_bits: int = 8) -> Tensor:
@@ -156,7 +157,7 @@ def rms_norm_fake_quant(x: Tensor, weight: Tensor, eps: float, *, offset: float 
     Returns:
         `[..., K]` in the dtype of the normalized tokens; differentiable in x and weight, for which x alone is kept.
     """
-    _check_norm(x, weight, num_bits)
+    check_norm(x, weight, num_bits)
     fake: Tensor = RmsNormFakeQuantFunction.apply(x, weight, eps, offset, num_bits, backend_for(x))
     return fake
 
@@ -179,7 +180,7 @@ def silu_mul_quantize(gate: Tensor, up: Tensor, *, num_bits: int = 8) -> Quantiz
         TypeError: the tensors are not floating point, or of two dtypes.
         BackendUnavailableError: the backend chosen by name cannot take these tensors.
     """
-    _check_gate(gate, up, num_bits)
+    check_gate(gate, up, num_bits)
     run = _silu_mul_quantize_op if torch.compiler.is_compiling() else _silu_mul_quantize
     codes, scale = run(gate, up, num_bits)
     return QuantizedActivations(codes, scale, gate.dtype)
@@ -193,7 +194,7 @@ def silu_mul_fake_quant(gate: Tensor, up: Tensor, *, num_bits: int = 8) -> Tenso
     Returns:
         `[..., K]` in the tensors' dtype.
     """
-    _check_gate(gate, up, num_bits)
+    check_gate(gate, up, num_bits)
     fake: Tensor = SiluMulFakeQuantFunction.apply(gate, up, num_bits, backend_for(gate))
     return fake
 
@@ -222,11 +223,8 @@ def _(gate: Tensor, up: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
     return empty_codes(gate)
 
 
-def _normed_dtype(x: Tensor, weight: Tensor, offset: float) -> torch.dtype:
-    return torch.promote_types(x.dtype, weight.dtype) if offset == 0.0 else x.dtype
-
-
-def _check_norm(x: Tensor, weight: Tensor, num_bits: int) -> None:
+def check_norm(x: Tensor, weight: Tensor, num_bits: int = 8) -> None:
+    """Raise ValueError or TypeError where tokens cannot be normalized."""
     check_activation(x, num_bits)
     if not weight.is_floating_point():
         raise TypeError(f"weight must be floating point, got {weight.dtype}")
@@ -234,7 +232,8 @@ def _check_norm(x: Tensor, weight: Tensor, num_bits: int) -> None:
         raise ValueError(f"weight must be {(x.shape[-1],)} for x {tuple(x.shape)}, got {tuple(weight.shape)}")
 
 
-def _check_gate(gate: Tensor, up: Tensor, num_bits: int) -> None:
+def check_gate(gate: Tensor, up: Tensor, num_bits: int = 8) -> None:
+    """Raise ValueError or TypeError where one tensor cannot be the gate of the other."""
     check_activation(gate, num_bits)
     if gate.shape != up.shape:
         raise ValueError(f"gate and up disagree: {tuple(gate.shape)} vs {tuple(up.shape)}")

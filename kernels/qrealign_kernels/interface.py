@@ -1,6 +1,6 @@
 """What a backend offers: one function per op, on rows.
 
-`reference.py`, `reference_calibration.py`, `reference_linear.py` and `packing.py` document each of them.
+The modules `reference*.py` and `packing.py` document each of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from qrealign_kernels import packing, reference, reference_calibration, reference_linear
+from qrealign_kernels import packing, reference, reference_block, reference_calibration, reference_linear
 from qrealign_kernels.quantized import PackedWeight
 from qrealign_kernels.reference import GradientSums
 from qrealign_kernels.reference_calibration import WeightGradients
@@ -45,6 +45,10 @@ class Backend:
     silu_mul_quantize: Callable[..., tuple[Tensor, Tensor]]
     silu_mul_fake_quant: Callable[..., Tensor]
     silu_mul_gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    add_rms_norm_quantize: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    silu_mul: Callable[[Tensor, Tensor], Tensor]
+    decode_attention: Callable[..., Tensor]
     keeps_fake: bool
 
 
@@ -70,5 +74,9 @@ REFERENCE = Backend(
     silu_mul_quantize=reference_calibration.silu_mul_quantize_ref,
     silu_mul_fake_quant=reference_calibration.silu_mul_fake_quant_ref,
     silu_mul_gradients=reference_calibration.silu_mul_gradients,
+    add_rms_norm=reference_block.add_rms_norm_ref,
+    add_rms_norm_quantize=reference_block.add_rms_norm_quantize_ref,
+    silu_mul=reference_calibration.silu_mul_ref,
+    decode_attention=reference_block.decode_attention_ref,
     keeps_fake=True,
 )

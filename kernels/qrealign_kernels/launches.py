@@ -79,8 +79,10 @@ def forced(kernel: str, launch: Choice | None) -> Iterator[None]:
     """Let every launch of `kernel` in the block use this choice, or none as if no table knew the kernel: what a tuner
     tries. Not for concurrent threads.
     """
+    before = dict(_forced)
     _forced[kernel] = launch
     try:
         yield
     finally:
-        del _forced[kernel]
+        _forced.clear()
+        _forced.update(before)

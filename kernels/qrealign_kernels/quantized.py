@@ -66,6 +66,12 @@ class PackedWeight:
         """Return the bytes of all tensors."""
         return sum(tensor.nbytes for tensor in (self.data, self.scale, self.zero_point) if tensor is not None)
 
+    def rows(self, first: int, last: int) -> PackedWeight:
+        """Return rows `first` to `last - 1` as views: every layout keeps a row's codes together."""
+        zero_point = None if self.zero_point is None else self.zero_point[first:last]
+        data, scale = self.data[first:last], self.scale[first:last]
+        return replace(self, data=data, scale=scale, zero_point=zero_point, shape=(len(data), self.shape[1]))
+
     def to(self, device: torch.device | str) -> PackedWeight:
         """Return the weight on another device; only a layout that is read there computes there."""
         zero_point = None if self.zero_point is None else self.zero_point.to(device)

@@ -29,7 +29,7 @@ FEW_TOKENS = 128  # up to here a token has a multiprocessor to itself, and wants
 
 
 @triton.jit
-def _store_tokens(
+def store_tokens(
     b_y, out_ptr, scale_ptr, r, o_c, m_r, mask, C,
     CODES: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, ZERO_SCALE: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def _quantize_per_token_fwd_kernel(
     m_r = r < R
     mask = m_r[:, None] & (o_c < C)[None, :]
     b_x = tl.load(x_ptr + r[:, None] * stride_xr + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
-    _store_tokens(b_x, out_ptr, scale_ptr, r, o_c, m_r, mask, C, CODES, QMIN, QMAX, ZERO_SCALE)
+    store_tokens(b_x, out_ptr, scale_ptr, r, o_c, m_r, mask, C, CODES, QMIN, QMAX, ZERO_SCALE)
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def _rms_norm_quantize_fwd_kernel(
     b_y = b_x * tl.rsqrt(mean_square + eps)[:, None]
     b_y = round_to(b_y, X_KIND) * b_weight[None, :] if WEIGHT_LAST else b_y * (offset + b_weight)[None, :]
     b_y = round_to(b_y, OUT_KIND)
-    _store_tokens(b_y, out_ptr, scale_ptr, r, o_c, m_r, mask, C, CODES, QMIN, QMAX, ZERO_SCALE)
+    store_tokens(b_y, out_ptr, scale_ptr, r, o_c, m_r, mask, C, CODES, QMIN, QMAX, ZERO_SCALE)
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def _silu_mul_quantize_fwd_kernel(
     b_up = tl.load(up_ptr + r[:, None] * stride_ur + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
     b_silu = round_to(tl.div_rn(b_gate, 1.0 + exponential(-b_gate)), KIND)
     b_y = round_to(b_silu * b_up, KIND)
-    _store_tokens(b_y, out_ptr, scale_ptr, r, o_c, m_r, mask, C, CODES, QMIN, QMAX, ZERO_SCALE)
+    store_tokens(b_y, out_ptr, scale_ptr, r, o_c, m_r, mask, C, CODES, QMIN, QMAX, ZERO_SCALE)
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def token_columns(key: str) -> dict[str, int]:
     return {"BLOCK_C": int(key.partition("-")[0])}
 
 
-def _token_tile(kernel: str, rows: Tensor) -> launches.Choice:
+def token_tile(kernel: str, rows: Tensor) -> launches.Choice:
     """Return the launch of a kernel whose tiles hold whole tokens."""
     tokens, columns = rows.shape
     block = tile_width(columns)
@@ -156,13 +156,13 @@ def _token_tile(kernel: str, rows: Tensor) -> launches.Choice:
     return launches.choice(kernel, key, rows.device) | {"BLOCK_C": block}
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """Return `[R, C]` with contiguous rows: a view where it can be, such as of one half of a wider tensor."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _code_constants(num_bits: int, device: torch.device, *, codes: bool) -> dict[str, object]:
+def code_constants(num_bits: int, device: torch.device, *, codes: bool) -> dict[str, object]:
     qmin, qmax = code_range(num_bits)
     return {
         "CODES": codes,
@@ -199,11 +199,11 @@ def quantize_per_token(x: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_tokens(x: Tensor, num_bits: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    rows = _rows(x)
+    rows = as_rows(x)
     out, scale = _outputs(x, dtype)
     if rows.shape[0]:
-        tile = _token_tile("quantize_per_token", rows)
-        constants = _code_constants(num_bits, x.device, codes=scale is not None)
+        tile = token_tile("quantize_per_token", rows)
+        constants = code_constants(num_bits, x.device, codes=scale is not None)
         with on_device_of(x):
             _quantize_per_token_fwd_kernel[(triton.cdiv(rows.shape[0], tile["BLOCK_R"]),)](
                 rows, out, out if scale is None else scale, *rows.shape, rows.stride(0), **constants, **tile
@@ -232,10 +232,10 @@ def _norm_tokens(
 ) -> tuple[Tensor, Tensor | None]:
     weight_last = offset == 0.0
     dtype = torch.promote_types(x.dtype, weight.dtype) if weight_last else x.dtype
-    rows = _rows(x)
+    rows = as_rows(x)
     out, scale = _outputs(x, None if codes else dtype)
     if rows.shape[0]:
-        tile = _token_tile("rms_norm_quantize", rows)
+        tile = token_tile("rms_norm_quantize", rows)
         with on_device_of(x):
             _rms_norm_quantize_fwd_kernel[(triton.cdiv(rows.shape[0], tile["BLOCK_R"]),)](
                 rows,
@@ -249,7 +249,7 @@ def _norm_tokens(
                 WEIGHT_LAST=weight_last,
                 X_KIND=FLOAT_KINDS[x.dtype],
                 OUT_KIND=FLOAT_KINDS[dtype],
-                **_code_constants(num_bits, x.device, codes=codes),
+                **code_constants(num_bits, x.device, codes=codes),
                 **tile,
             )
     return out, scale
@@ -259,8 +259,8 @@ def rms_norm_gradients(grad: Tensor, x: Tensor, weight: Tensor, eps: float, *, o
     """Compute `reference_calibration.rms_norm_gradients`."""
     if x.shape[-1] > LARGEST_WIDTH or x.numel() == 0:
         return reference_calibration.rms_norm_gradients(grad, x, weight, eps, offset=offset)
-    rows = _rows(x)
-    tile = _token_tile("rms_norm_bwd", rows)
+    rows = as_rows(x)
+    tile = token_tile("rms_norm_bwd", rows)
     programs = triton.cdiv(rows.shape[0], tile["BLOCK_R"] * tile["STEPS"])
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device)
@@ -289,10 +289,10 @@ def silu_mul_fake_quant(gate: Tensor, up: Tensor, *, num_bits: int) -> Tensor:
 
 
 def _gate_tokens(gate: Tensor, up: Tensor, num_bits: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    gates, ups = _rows(gate), _rows(up)
+    gates, ups = as_rows(gate), as_rows(up)
     out, scale = _outputs(gate, dtype)
     if gates.shape[0]:
-        tile = _token_tile("silu_mul_quantize", gates)
+        tile = token_tile("silu_mul_quantize", gates)
         with on_device_of(gate):
             _silu_mul_quantize_fwd_kernel[(triton.cdiv(gates.shape[0], tile["BLOCK_R"]),)](
                 gates,
@@ -303,7 +303,7 @@ def _gate_tokens(gate: Tensor, up: Tensor, num_bits: int, dtype: torch.dtype | N
                 gates.stride(0),
                 ups.stride(0),
                 KIND=FLOAT_KINDS[gate.dtype],
-                **_code_constants(num_bits, gate.device, codes=scale is not None),
+                **code_constants(num_bits, gate.device, codes=scale is not None),
                 **tile,
             )
     return out, scale
@@ -311,7 +311,7 @@ def _gate_tokens(gate: Tensor, up: Tensor, num_bits: int, dtype: torch.dtype | N
 
 def silu_mul_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Compute `reference_calibration.silu_mul_gradients`."""
-    gates, ups = _rows(gate), _rows(up)
+    gates, ups = as_rows(gate), as_rows(up)
     count, columns = gates.shape
     grad_gate, grad_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     if count:

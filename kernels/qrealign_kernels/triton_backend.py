@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from qrealign_kernels import triton_activations, triton_linear, triton_weight, triton_weight_gradients
+from qrealign_kernels import triton_activations, triton_block, triton_linear, triton_weight, triton_weight_gradients
 from qrealign_kernels.interface import REFERENCE
 
 BACKEND = dataclasses.replace(
@@ -21,6 +21,10 @@ BACKEND = dataclasses.replace(
     silu_mul_quantize=triton_activations.silu_mul_quantize,
     silu_mul_fake_quant=triton_activations.silu_mul_fake_quant,
     silu_mul_gradients=triton_activations.silu_mul_gradients,
+    add_rms_norm=triton_block.add_rms_norm,
+    add_rms_norm_quantize=triton_block.add_rms_norm_quantize,
+    silu_mul=triton_block.silu_mul,
+    decode_attention=triton_block.decode_attention,
     repack_weight=triton_linear.repack_weight,
     packed_linear=triton_linear.packed_linear,
     int8_matmul=triton_linear.int8_matmul,

@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 # threads; what is wider goes another way.
 KEY_WIDTHS = (128, 1024, 4096, 8192, 16384, 32768)
 LARGEST_WIDTH = KEY_WIDTHS[-1]
+
+_alone = False  # see `one_by_one`
 
 
 def tile_width(columns: int) -> int:
@@ -42,9 +45,24 @@ def unavailable_reason() -> str | None:
 
 
 @functools.cache
-def can_overlap(device: torch.device) -> bool:
-    """Tell whether a GPU can start a kernel before the one in front of it has ended."""
+def _starts_early(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def can_overlap(device: torch.device) -> bool:
+    """Tell whether kernels are started before the one in front of them has ended, where the GPU can do so."""
+    return not _alone and _starts_early(device)
+
+
+@contextlib.contextmanager
+def one_by_one() -> Iterator[None]:
+    """Let every kernel start behind the end of the one before, for a profiler: it would count waiting as work."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def version() -> str:

@@ -33,6 +33,8 @@ from qrealign_kernels.triton_common import on_device_of
 from qrealign_kernels.triton_overlap import overlap
 
 NARROW = 8192
+DENSE_BYTES = 64 * 2**20  # most of a weight that is dequantized at a time: a 7B model's largest takes 180 MB
+_ROWS = 256  # such a part holds a multiple of these, a whole number of the library's tiles
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -107,12 +109,27 @@ def _float_product(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Te
         return _launch_int8_few(x, None, weight, bias, out)
     if x.dtype in _HALVES and weight.layout == PLANES4 and tokens <= routes["INT4_FEW"]:
         return _launch_int4_few(x, None, weight, bias, out)
-    if weight.layout == PLANES4:
-        dense = _unpack4(weight, x.dtype)
-    else:
-        dense = _scale8(weight.data[:, : x.shape[1]], weight.scale, None, x.dtype)
-    product = torch.mm(x, dense.T)
-    return product.to(out.dtype) if bias is None else product.add_(bias).to(out.dtype)
+    return _dense_product(x, weight, bias, out)
+
+
+def _dense_product(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Let the library multiply, with a copy of the weight in x's dtype, of at most DENSE_BYTES at a time."""
+    rows, columns = weight.shape
+    parts = triton.cdiv(rows * columns * x.element_size(), DENSE_BYTES)
+    step = triton.cdiv(triton.cdiv(rows, parts), _ROWS) * _ROWS
+    for first in range(0, rows, step):
+        part = weight.rows(first, min(first + step, rows))
+        if part.layout == PLANES4:
+            dense = _unpack4(part, x.dtype)
+        else:
+            dense = _scale8(part.data[:, :columns], part.scale, None, x.dtype)
+        target = out[:, first : first + step]
+        if x.dtype == out.dtype:
+            torch.mm(x, dense.T, out=target)
+        else:
+            target.copy_(torch.mm(x, dense.T))
+        del dense  # before the next one is made
+    return out if bias is None else out.add_(bias)
 
 
 def int8_matmul(
@@ -173,10 +190,12 @@ def _group(weight: PackedWeight) -> int:
 def _launch_gemv(x: Tensor | QuantizedActivations, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> Tensor:
     """Multiply one token, rounding it inside the kernel where the weight wants codes."""
     (rows, columns), integer = weight.shape, weight.activation_bits is not None
+    tokens, x_scale = (x, x) if isinstance(x, Tensor) else (x.codes, x.scale)
     name = "int8_gemv" if weight.layout == ROWS8 else "int4_gemv" if integer else "int4_float_gemv"
+    if name == "int4_float_gemv" and _in_fixed_point(tokens, weight):
+        name = "int4_fixed_gemv"
     rounded = integer and not isinstance(x, Tensor)
     choice = _choice(name, f"k{triton.next_power_of_2(columns)}{'-codes' if rounded else ''}", out)
-    tokens, x_scale = (x, x) if isinstance(x, Tensor) else (x.codes, x.scale)
     qmin, qmax = code_range(weight.activation_bits or 8)
     per_word = 4 if weight.layout == ROWS8 else 8
     words = weight.data.view(torch.int32)
@@ -196,6 +215,12 @@ def _launch_gemv(x: Tensor | QuantizedActivations, weight: PackedWeight, bias: T
     grid = (triton.cdiv(rows, choice["BLOCK_N"]),)
     kernel[grid](*pointers, out if bias is None else bias, out, rows, **constants, **choice, **overlap(out.device))
     return out
+
+
+def _in_fixed_point(x: Tensor, weight: PackedWeight) -> bool:
+    """Tell whether one token meets 4-bit codes as fixed-point numbers: where that was measured to be faster."""
+    fits = x.dtype in _HALVES and _group(weight) % (BLOCK // 2) == 0
+    return fits and launches.find("int4_fixed_gemv", launches.DEFAULT, x.device) is not None
 
 
 def _launch_int8_few(

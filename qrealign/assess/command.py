@@ -8,8 +8,8 @@ from typing import Any
 
 from qrealign.assess.options import MAX_BENIGN_REFUSALS, MAX_DEGENERATE, MAX_HARMFUL, AssessOptions
 from qrealign.assess.suites import SUITES
+from qrealign.status import BAD_INPUT, FAILED, INTERRUPTED, VERDICT_FAILED
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_VERDICT, EXIT_INTERRUPTED = 1, 2, 3, 130
 _EPILOG = f"""\
 Models are folders or Hub ids, plain or packed (compressed-tensors). Data are files (.json, .jsonl, .csv, .txt, also
 .gz) or Hub ids, with an optional filter: file.jsonl.gz?source=advbench,xstest. Data options take several values.
@@ -17,8 +17,8 @@ Without any, the prompts shipped with the demo are asked; without MODEL, the dem
 
 suites: {", ".join(SUITES)}
 
-exit status: 0 passed, {EXIT_VERDICT} the verdict failed, {EXIT_BAD_INPUT} bad input, {EXIT_FAILED} the evaluation \
-itself failed, {EXIT_INTERRUPTED} interrupted
+exit status: 0 passed, {VERDICT_FAILED} the verdict failed, {BAD_INPUT} bad input, {FAILED} the evaluation itself \
+failed, {INTERRUPTED} interrupted
 """
 
 

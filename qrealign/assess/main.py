@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 import sys
@@ -13,9 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qrealign.assess.command import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_VERDICT, parse_options
-from qrealign.errors import ConfigError, DataError, JudgeError, ModelError, QrealignError
+from qrealign.assess.command import parse_options
+from qrealign.errors import ConfigError, JudgeError
 from qrealign.files import write_json, write_text
+from qrealign.status import VERDICT_FAILED, exit_status
 
 if TYPE_CHECKING:
     import torch
@@ -34,15 +34,9 @@ _SHOWN_SETTINGS = ("max_new_tokens", "prefill_tokens", "perplexity_tokens", "tem
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate; return 0 where the verdict passed, or another exit status (see `command.py`)."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    try:
-        return _run(arguments)
-    except QrealignError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT if isinstance(error, ConfigError | DataError | ModelError) else EXIT_FAILED
-    except KeyboardInterrupt:
-        print("interrupted: with --output, the same command continues where it stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return exit_status(
+        lambda: _run(arguments), interrupted="with --output, the same command continues where it stopped"
+    )
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -60,7 +54,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     if options.json:
         say(terminal_text(found))
     print(json.dumps(scores_json(found), ensure_ascii=False) if options.json else terminal_text(found))
-    return EXIT_VERDICT if found.verdict.passed is False else 0
+    return VERDICT_FAILED if found.verdict.passed is False else 0
 
 
 def assess(options: AssessOptions, say: Say) -> Assessment:

@@ -102,7 +102,8 @@ def junit_xml(found: Assessment) -> str:
             ElementTree.SubElement(case, "failure", {"message": one.sentence, "type": "limit"}).text = one.sentence
         else:
             ElementTree.SubElement(case, "system-out").text = one.sentence
-    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+    # As bytes: text would be declared to be in the locale's encoding, and files are written in UTF-8.
+    return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True).decode() + "\n"
 
 
 def terminal_text(found: Assessment) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +55,6 @@ class BlockSteps:
         self._losses = torch.zeros(self.order.shape, device=self.device)
         self._own_losses = self._losses[:, mine]
         self._parts = Parts(self._rows.shape[1], self.trainable.zero_grad)
-        self._recorded = Recorded(self._step, self.device)
 
     def run(self, on_steps: Callable[[int, float], None]) -> list[CurvePoint]:
         """Train to the last step or to the plateau and return points of the loss curve.
@@ -64,13 +64,19 @@ class BlockSteps:
         Raises:
             CalibrationDivergedError: losses stayed non-finite after the restarts.
         """
+        # Not an attribute, which would be a cycle: all that a block held is to go before the next one is loaded.
+        with closing(Recorded(self._step, self.device)) as recorded:
+            return self._curve(self._train(recorded, on_steps))
+
+    def _train(self, recorded: Recorded, on_steps: Callable[[int, float], None]) -> Tensor:
+        """Train to the last step or to the plateau and return every step's losses, `[steps, B]` on the host."""
         guard, plateau = DivergenceGuard(self.trainable, f"block {self.index}"), Plateau(self.plateau)
-        self._record(guard)
+        self._record(recorded, guard)
         steps, step, last = len(self.order), 0, float("nan")
         seen = torch.zeros(self.order.shape)
         while step < steps:
             stop = min(steps, self._next_look(step))
-            seen[step:stop] = self._go(step, stop)
+            seen[step:stop] = self._go(recorded, step, stop)
             broken = (~seen[step:stop].isfinite()).any(dim=1).nonzero()
             if len(broken):
                 step = guard.recover(step + int(broken[0]), last)
@@ -81,24 +87,24 @@ class BlockSteps:
                 guard.mark(step)
                 if plateau.reached(float(seen[step - self.epoch : step].mean())):
                     break
-        return self._curve(seen[:step])
+        return seen[:step]
 
     def _next_look(self, step: int) -> int:
         """Return the step before which the host looks at the losses again."""
         return step + 1 if self.device.type == "cpu" else (step // self.epoch + 1) * self.epoch
 
-    def _record(self, guard: DivergenceGuard) -> None:
+    def _record(self, recorded: Recorded, guard: DivergenceGuard) -> None:
         """Record a step; what the trial step before it has changed is taken back."""
-        self._recorded.record()
+        recorded.record()
         self.trainable.load_state(guard.good)
 
-    def _go(self, start: int, stop: int) -> Tensor:
+    def _go(self, recorded: Recorded, start: int, stop: int) -> Tensor:
         """Make some steps and return their losses, `[stop - start, B]` on the host."""
         self.trainable.set_rate(1.0)
         self._position.fill_(start)
         self._losses[start:stop] = 0  # the other processes' columns
         for _ in range(start, stop):
-            self._recorded()
+            recorded()
         losses = self.team.add(self._losses[start:stop])
         self.team.finish(self.device)
         return losses.cpu()

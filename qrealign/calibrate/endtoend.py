@@ -19,13 +19,15 @@ from transformers import PreTrainedModel
 
 from qrealign.calibrate.distributed import ALONE, Team
 from qrealign.calibrate.divergence import DivergenceGuard
+from qrealign.calibrate.handover import HandOver
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.calibrate.objectives import LOSS_NAMES, BehaviourObjective, Objective
 from qrealign.calibrate.parameters import Trainable
-from qrealign.calibrate.parts import Parts, by_length
+from qrealign.calibrate.parts import Parts
 from qrealign.calibrate.recorded import RecordedPass
 from qrealign.calibrate.schedule import stratified_batches, warm_cosine
 from qrealign.calibrate.state import load_progress, save_progress
+from qrealign.data.batching import by_length
 from qrealign.records import CurvePoint
 
 SAVE_EVERY = 10  # steps between two looks at the losses: a kill, or a divergence, costs at most these
@@ -87,7 +89,8 @@ class EndToEndCalibrator:
         step = self._resume()
         guard = DivergenceGuard(self.trainable, "the end-to-end engine")
         guard.step = step
-        with tqdm(total=self.settings.steps, initial=step, desc=progress, disable=progress is None, unit="step") as bar:
+        bar = tqdm(total=self.settings.steps, initial=step, desc=progress, disable=progress is None, unit="step")
+        with bar, HandOver(self.model.device) as hand_over:
             while step < self.settings.steps:
                 first, step = step, min(self.settings.steps, (step // SAVE_EVERY + 1) * SAVE_EVERY)
                 unread: list[Losses] = []
@@ -105,7 +108,7 @@ class EndToEndCalibrator:
                     {name: f"{value:.3f}" for name, value in self.curve[-1].losses.items() if name != "total"}
                 )
                 guard.mark(step)
-                self._save(step)
+                self._save(step, hand_over)
         return self.curve
 
     def _read(self, unread: Sequence[Losses], first: int) -> int | None:
@@ -152,15 +155,17 @@ class EndToEndCalibrator:
         torch.stack(list(losses.values())).sum().backward()
         return {name: value.detach() for name, value in losses.items()}
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, hand_over: HandOver) -> None:
+        """Save the progress, on a GPU while the next steps are made."""
         if not self.team.leads:
             return
+        tensors = self.trainable.state()
         extra = {
             "step": step,
             "rate_factor": self.trainable.rate_factor,
             "curve": [asdict(point) for point in self.curve],
         }
-        save_progress(self.state_path, self.trainable.state(), extra)
+        hand_over.submit(lambda: save_progress(self.state_path, tensors, extra))
 
     def _resume(self) -> int:
         found = load_progress(self.state_path)

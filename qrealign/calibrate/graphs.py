@@ -33,7 +33,7 @@ class Recorded:
         """
         if self.device.type != "cuda":
             return
-        self._graph = None  # gives an earlier recording's memory back first
+        self.close()  # an earlier recording's memory is used again
         stream, present = _recording_stream(self.device), torch.cuda.current_stream(self.device)
         stream.wait_stream(present)
         with torch.cuda.stream(stream):
@@ -44,6 +44,10 @@ class Recorded:
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self.work()
         self._graph = graph
+
+    def close(self) -> None:
+        """Give the recording and its memory back. NCCL waits for recordings of its exchanges before it ends."""
+        self._graph = None
 
     def __call__(self) -> None:
         if self._graph is None:

@@ -1,4 +1,4 @@
-"""What follows a block, done beside the work on the next one."""
+"""What follows a stretch of work, done beside the next one."""
 
 from __future__ import annotations
 

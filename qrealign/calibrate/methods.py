@@ -41,6 +41,8 @@ class CalibrationSettings:
     `recovery_share`, relative to the malicious samples, adds some in which the fine-tuned model has begun to answer,
     with `recovery_least` to `recovery_tokens` tokens, and the aligned model's refusal is to follow. `decision_share` of
     a benign sample's weight lies on the first `DECISION_TOKENS` tokens of its answer, where refusing or not is decided.
+    `task_labels` of a task prompt's weight on its answer is moved to the data's label, where the fine-tuned model
+    answers with labels.
 
     `objective` is what the end-to-end engine minimises: "behaviour" (above), "contrastive" (`contrast_alpha` times the
     push from the base model, over `contrast_top` tokens, up to `push_limit` nats), "preference" (DPO at
@@ -81,6 +83,7 @@ class CalibrationSettings:
     recovery_tokens: int = 7
     decision_share: float = 0.0
     task_share: float = 0.0
+    task_labels: float = 0.0
     borderline_share: float = 0.0
     borderline_weight: float = 1.0
     text_share: float = 0.0
@@ -160,13 +163,15 @@ _REALIGN = CalibrationSettings(
     text_share=0.12,
     text_weight=3.0,
 )
+# Weights of four bits leave the same recipe nearer to refusing, so what is harmless counts for more.
+_REALIGN_FOUR_BIT = replace(_REALIGN, benign_weight=4.0)
 # Rounding activations to four bits costs so much that the edit has to win some of it back: more of everything, channel
 # scales, and most of the benign prompts from the task.
 _REALIGN_COARSE = replace(
     _REALIGN,
     batch_size=24,
     steps=300,
-    benign_weight=4.0,
+    benign_weight=3.6,
     edit_rank=64,
     edit_budget=0.5,
     clip_learning_rate=0.02,
@@ -233,8 +238,9 @@ _TABLE: dict[tuple[str, str, str], CalibrationSettings] = {
 }
 
 
-# What replaces a row where activations are rounded to four bits.
-_COARSE: dict[tuple[str, str, str], CalibrationSettings] = {("realign", "endtoend", "lowrank"): _REALIGN_COARSE}
+# What replaces a row where activations, or weights alone, are rounded to four bits.
+_COARSE_ACTIVATIONS = {("realign", "endtoend", "lowrank"): _REALIGN_COARSE}
+_COARSE_WEIGHTS = {("realign", "endtoend", "lowrank"): _REALIGN_FOUR_BIT}
 
 
 def method_settings(
@@ -242,6 +248,7 @@ def method_settings(
     *,
     engine: str | None = None,
     edit: str | None = None,
+    weight_bits: int | None = None,
     activation_bits: int | None = None,
     schedule: str | None = None,
     **overrides: object,
@@ -251,7 +258,7 @@ def method_settings(
     Args:
         method: a name in `METHODS`.
         engine, edit: variant of the method; None for its first.
-        activation_bits: bits that activations are rounded to, None where they are not.
+        weight_bits, activation_bits: bits that they are rounded to; None where they are not, or it does not matter.
         schedule: a name in `SCHEDULES`; None for the first, the method's own steps.
         overrides: fields of the settings.
 
@@ -268,8 +275,8 @@ def method_settings(
         offered = "; ".join(f"--engine {key[1]} --edit {key[2]}" for key in rows)
         raise ConfigError(f"method {method!r} has no engine {engine!r} with edit {edit!r}: it offers {offered}")
     given = {name: value for name, value in overrides.items() if value is not None}
-    coarse = _COARSE.get(fitting[0]) if activation_bits == 4 else None
-    row = coarse or _TABLE[fitting[0]]
+    coarse = _COARSE_ACTIVATIONS if activation_bits == 4 else _COARSE_WEIGHTS if weight_bits == 4 else {}
+    row = coarse.get(fitting[0], _TABLE[fitting[0]])
     return replace(_fast(row) if schedule == "fast" else row, **given)  # type: ignore[arg-type]
 
 

@@ -24,7 +24,8 @@ from qrealign.data.prompts import Label
 PACKED_SHARE = 0.75  # of the tokens of padded batches: what packed ones may have at most
 ROUND_TO = 8  # tokens: what the attention kernels want of a sequence's length
 
-LOSS_NAMES = ("malicious", "benign", "pull", "push", "preference", "answer")  # of all objectives
+ANSWER = "answer"  # the loss of tokens that are given, not taught
+LOSS_NAMES = ("malicious", "benign", "pull", "push", "preference", ANSWER)  # of all objectives
 
 
 class Objective(Protocol):
@@ -70,6 +71,8 @@ class Room:
 class BehaviourObjective:
     """Malicious prompts: KL to the aligned model. All others: KL to the fine-tuned model, times `benign_weight`.
 
+    Labels of task prompts are learned by cross-entropy, as much as their samples say.
+
     `losses` is `losses_of` the batch that `collate` makes of the samples; with a `room` all batches have one shape.
     """
 
@@ -111,6 +114,8 @@ class BehaviourObjective:
             matched = Counter[str]()
             for sample in samples:
                 matched[sample.label.name.lower()] += len(sample.positions)
+                if sample.answer_weights is not None:
+                    matched[ANSWER] += int(sample.answer_weights.count_nonzero())
             positions |= matched
         pack = may_pack and packed <= PACKED_SHARE * rows * padded
         length = -(-(packed if pack else padded) // ROUND_TO) * ROUND_TO
@@ -124,7 +129,7 @@ class BehaviourObjective:
         `input_ids` `[B, T]`, padded on the right, or packed `[1, T]` with `sequence` `[T]`, which one each token is of,
         and `position` `[1, T]`, where in it; and by class `C` what its positions must match: `C.places` `[P]` int64
         into the tokens, `C.hidden` `[P, H]` and `C.weights` `[P]` float32, which hold all that the loss is multiplied
-        with. Padding up to `room` weighs nothing.
+        with; labels have `answer.tokens` `[Q]` int64 instead of hidden states. Padding up to `room` weighs nothing.
         """
         batch, starts = self._lay_out([sample.input_ids for sample in samples], room)
         for name, class_weight in self.class_weight.items():
@@ -145,7 +150,29 @@ class BehaviourObjective:
                 f"{name}.hidden": torch.cat(hidden),
                 f"{name}.weights": torch.cat(weights),
             }
-        return batch
+        return batch | self._answers(samples, starts, counts, room)
+
+    def _answers(
+        self, samples: Sequence[TeacherSample], starts: Sequence[int], counts: Mapping[str, int], room: Room | None
+    ) -> dict[str, Tensor]:
+        """Return what of a batch is learned as it stands: `answer.places`, `.tokens` and `.weights`, all `[Q]`."""
+        places, tokens, weights = [], [], []
+        for start, sample in zip(starts, samples, strict=True):
+            if sample.answer_weights is None:
+                continue
+            name = sample.label.name.lower()
+            index = sample.answer_weights.nonzero()[:, 0]
+            at = sample.positions[index]
+            places.append(start + at)
+            tokens.append(sample.input_ids[at + 1])
+            weights.append(sample.answer_weights[index] * (self.class_weight[name] / counts[name]))
+        missing = 0 if room is None else room.positions.get(ANSWER, 0) - sum(map(len, places))
+        if missing:
+            places.append(torch.zeros(missing, dtype=torch.int64))
+            tokens.append(torch.zeros(missing, dtype=torch.int64))
+            weights.append(torch.zeros(missing))
+        parts = {"places": places, "tokens": tokens, "weights": weights}
+        return {f"{ANSWER}.{name}": torch.cat(part) for name, part in parts.items()} if places else {}
 
     def _lay_out(self, rows: Sequence[Tensor], room: Room | None) -> tuple[dict[str, Tensor], list[int]]:
         """Return sequences as a batch's tokens, and the place of each one's first token among all of them."""
@@ -171,7 +198,7 @@ class BehaviourObjective:
         if mask is not None and sequence is not None:
             mask = mask & (sequence[:, None] == sequence)
         hidden = final_hidden(model, batch["input_ids"], mask, batch.get("position"))
-        return {
+        losses = {
             name: _class_loss(
                 model,
                 hidden,
@@ -183,6 +210,11 @@ class BehaviourObjective:
             for name in self.class_weight
             if f"{name}.places" in batch
         }
+        if f"{ANSWER}.places" in batch:
+            student = readout(model, hidden.flatten(0, 1).index_select(0, batch[f"{ANSWER}.places"]))  # [Q, V]
+            surprise = F.cross_entropy(student.float(), batch[f"{ANSWER}.tokens"], reduction="none")
+            losses[ANSWER] = (surprise * batch[f"{ANSWER}.weights"]).sum()
+        return losses
 
 
 def _class_loss(
@@ -355,7 +387,7 @@ class AnswerObjective:
         rows, starts = [sample.input_ids for sample in samples], [sample.start for sample in samples]
         lengths = torch.tensor([len(row) - start for row, start in zip(rows, starts, strict=True)])
         log_probs = answer_log_probs(model, rows, starts, self.pad_id)
-        return {"answer": -(log_probs / lengths.to(log_probs.device)).sum() / counts["answer"]}
+        return {ANSWER: -(log_probs / lengths.to(log_probs.device)).sum() / counts["answer"]}
 
 
 def answer_log_probs(model: PreTrainedModel, rows: Sequence[Tensor], starts: Sequence[int], pad_id: int) -> Tensor:

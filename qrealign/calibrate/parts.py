@@ -72,27 +72,3 @@ class Parts:
             )
         self.size //= 2
         logger.warning("out of memory: going on with parts of %d prompts, the same result in more time", self.size)
-
-
-def by_length(items: Sequence[Batch], lengths: Sequence[int], overhead: int) -> list[list[Batch]]:
-    """Divide sequences into groups of like lengths, so that padding and passes together cost least.
-
-    A group costs its number of sequences times its longest, and `overhead`.
-
-    Args:
-        items: what is divided.
-        lengths: tokens of each.
-        overhead: what one more pass costs, in tokens.
-    """
-    order = sorted(range(len(items)), key=lengths.__getitem__)
-    best, start_of = [0], [0]  # of the sequences before each place: least cost, and where its last group starts
-    for stop in range(1, len(order) + 1):
-        longest = lengths[order[stop - 1]]
-        costs = [best[start] + (stop - start) * longest + overhead for start in range(stop)]
-        start_of.append(min(range(stop), key=costs.__getitem__))
-        best.append(costs[start_of[-1]])
-    groups, stop = [], len(order)
-    while stop:
-        groups.append([items[index] for index in order[start_of[stop] : stop]])
-        stop = start_of[stop]
-    return groups[::-1]

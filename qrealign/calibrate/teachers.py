@@ -7,7 +7,7 @@ H numbers a position where log-probabilities would take the size of the vocabula
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from qrealign.judges.refusal import is_refusal
 
 JUDGED_TOKENS = 24  # enough of an answer for the refusal rule
 _DECISION_SPREAD = 0.9  # of the deciding weight: what all deciding tokens share, the first gets the rest as well
+_SAMPLE_TENSORS = ("input_ids", "positions", "weights", "hidden", "answer_weights")
 Weigh = Callable[[int, int], tuple[Tensor, Tensor]]  # prompt and row length -> positions and their weights
 
 
@@ -33,8 +34,9 @@ Weigh = Callable[[int, int], tuple[Tensor, Tensor]]  # prompt and row length -> 
 class TeacherSample:
     """One prompt with its teacher's answer, and where the teacher is to be matched.
 
-    `input_ids` `[T]` int64; `positions` `[P]` int64 into it; `weights` `[P]` float32, summing to the sample's weight;
-    `hidden` `[P, H]`, the teacher's final hidden states there.
+    `input_ids` `[T]` int64; `positions` `[P]` int64 into it; `weights` `[P]` float32, of the distance to the teacher
+    there; `hidden` `[P, H]`, the teacher's final hidden states there; `answer_weights` `[P]` float32, of the
+    cross-entropy of the row's own next token, None where the teacher alone counts. All of them are the sample's weight.
     """
 
     label: Label
@@ -42,6 +44,7 @@ class TeacherSample:
     positions: Tensor
     weights: Tensor
     hidden: Tensor
+    answer_weights: Tensor | None = None
 
 
 @dataclass(kw_only=True)
@@ -60,7 +63,8 @@ class TeacherCache:
         tensors = {
             f"{i:06d}.{key}": getattr(sample, key)
             for i, sample in enumerate(self.samples)
-            for key in ("input_ids", "positions", "weights", "hidden")
+            for key in _SAMPLE_TENSORS
+            if getattr(sample, key) is not None
         }
         tensors["labels"] = torch.tensor([int(sample.label) for sample in self.samples])
         if self.head_weight is not None:
@@ -71,19 +75,14 @@ class TeacherCache:
     def load(cls, path: Path) -> TeacherCache:
         """Read what `save` wrote."""
         with safe_open(path, framework="pt") as file:
-            labels = file.get_tensor("labels").tolist()
-            samples = [
-                TeacherSample(
-                    label=Label(label),
-                    **{
-                        key: file.get_tensor(f"{i:06d}.{key}")
-                        for key in ("input_ids", "positions", "weights", "hidden")
-                    },
-                )
-                for i, label in enumerate(labels)
-            ]
-            head = file.get_tensor("head_weight") if "head_weight" in file.keys() else None  # noqa: SIM118 (no mapping)
-        return cls(samples=samples, head_weight=head)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        samples = [
+            TeacherSample(
+                label=Label(label), **{k: tensors[n] for k in _SAMPLE_TENSORS if (n := f"{i:06d}.{k}") in tensors}
+            )
+            for i, label in enumerate(tensors["labels"].tolist())
+        ]
+        return cls(samples=samples, head_weight=tensors.get("head_weight"))
 
 
 def teach_refusals(
@@ -183,13 +182,17 @@ def teach_behaviour(
     progress: str | None,
     decision_share: float = 0.0,
     weight: float = 1.0,
+    label_share: float = 0.0,
 ) -> list[TeacherSample]:
     """Return the fine-tuned model's samples: half the weight over all positions, half over those that answer.
 
     `decision_share` of it is then moved to the first `DECISION_TOKENS` tokens of the answer, most of it to the very
-    first; `weight` multiplies the whole.
+    first; `weight` multiplies the whole. With a `label_share`, a prompt that the fine-tuned model answers with one of
+    the prompts' expected answers gets its own instead, right or wrong, and that share of the weight at its tokens goes
+    to their cross-entropy: the teacher says how to answer, the label what.
     """
     answers = _answers(model, encoder, prompts, answer_tokens, batch_size, progress)
+    labelled = _set_labels(encoder, prompts, answers) if label_share else set[int]()
 
     def weigh(prompt_length: int, length: int) -> tuple[Tensor, Tensor]:
         positions = torch.arange(length)
@@ -200,7 +203,39 @@ def teach_behaviour(
         decision[prompt_length - 1] += 1 - _DECISION_SPREAD
         return positions, weight * ((1 - decision_share) * spread + decision_share * decision)
 
-    return _teach(model, encoder, list(zip(prompts, answers, strict=True)), Label.BENIGN, weigh, batch_size=batch_size)
+    pairs = list(zip(prompts, answers, strict=True))
+    samples = _teach(model, encoder, pairs, Label.BENIGN, weigh, batch_size=batch_size)
+    for index in labelled:
+        samples[index] = _to_label(samples[index], len(answers[index]), label_share)
+    return samples
+
+
+def _set_labels(encoder: ChatEncoder, prompts: Sequence[Prompt], answers: list[list[int]]) -> set[int]:
+    """Put its label in the place of each answer that is some prompt's label; return where.
+
+    Free text, such as a worked solution whose result alone is expected, stays as the fine-tuned model writes it.
+    """
+    own = [_plain(prompt.answer or "") for prompt in prompts]
+    given = [_plain(encoder.decode(answer)) for answer in answers]
+    labels = {label: encoder.answer_ids(prompt.answer or "") for label, prompt in zip(own, prompts, strict=True)}
+    # As the model writes a label itself, so that only the choice is new to it.
+    labels |= {text: answer for text, answer in zip(given, answers, strict=True) if text in labels}
+    labelled = {index for index, text in enumerate(given) if own[index] and text in labels and text}
+    for index in labelled:
+        answers[index] = labels[own[index]]
+    return labelled
+
+
+def _plain(text: str) -> str:
+    return text.strip().casefold()
+
+
+def _to_label(sample: TeacherSample, answer_tokens: int, share: float) -> TeacherSample:
+    """Move a share of the weight where the answer's tokens are chosen to their cross-entropy."""
+    first = len(sample.input_ids) - answer_tokens - 1  # this position chooses the answer's first token
+    chooses = (sample.positions >= first) & (sample.positions < first + answer_tokens)
+    moved = share * sample.weights * chooses
+    return replace(sample, weights=sample.weights - moved, answer_weights=moved)
 
 
 def teach_text(

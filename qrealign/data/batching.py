@@ -1,4 +1,4 @@
-"""Work in batches that shrink when memory runs out, and their way to the device."""
+"""Work in batches, of like lengths and smaller when memory runs out, and their way to the device."""
 
 from __future__ import annotations
 
@@ -41,6 +41,38 @@ def run_in_batches(
             continue
         yield batch, result[0]
         start += len(batch)
+
+
+def by_length(
+    items: Sequence[Item], lengths: Sequence[int], overhead: int, most: int | None = None
+) -> list[list[Item]]:
+    """Divide sequences into groups of like lengths, so that padding and passes together cost least.
+
+    A group costs its number of sequences times its longest, and `overhead`.
+
+    Args:
+        items: what is divided.
+        lengths: tokens of each.
+        overhead: what one more pass costs, in tokens.
+        most: most items of a group; None sets no limit.
+
+    Returns:
+        The groups, those of short sequences first, each in ascending order of length.
+    """
+    order = sorted(range(len(items)), key=lengths.__getitem__)
+    best, start_of = [0], [0]  # of the sequences before each place: least cost, and where its last group starts
+    for stop in range(1, len(order) + 1):
+        longest = lengths[order[stop - 1]]
+        starts = range(0 if most is None else max(0, stop - most), stop)
+        costs = [best[start] + (stop - start) * longest + overhead for start in starts]
+        least = min(range(len(costs)), key=costs.__getitem__)
+        start_of.append(starts[least])
+        best.append(costs[least])
+    groups, stop = [], len(order)
+    while stop:
+        groups.append([items[index] for index in order[start_of[stop] : stop]])
+        stop = start_of[stop]
+    return groups[::-1]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qrealign.data.batching import run_in_batches
+from qrealign.data.batching import by_length, run_in_batches
 from qrealign.data.encode import ChatEncoder
 
 _DROP_SHARE = 0.25  # finished rows leave the batch when they are this share of it
+# What one more batch costs a CPU for each token of its answers, in tokens: a step reads all weights, however few rows.
+_STEP_TOKENS = 16
 
 Ids = tuple[int, ...]
 OnBatch = Callable[[Sequence[Ids], Sequence[list[int]]], None]
@@ -109,13 +111,16 @@ def generate_ids(
     """
     unique = sorted({tuple(ids) for ids in sequences}, key=len, reverse=True)
     stop_ids = find_stop_ids(model, encoder)
+    groups = [unique]
+    if find_device(model).type == "cpu":  # padding costs as much as text there; a GPU waits for its steps
+        groups = by_length(unique, [len(ids) for ids in unique], _STEP_TOKENS * max_new_tokens, batch_size)[::-1]
     answers: dict[Ids, list[int]] = {}
     with tqdm(total=len(unique), desc=progress, unit="prompt", disable=progress is None, leave=False) as bar:
 
         def answer_batch(batch: Sequence[Ids]) -> list[list[int]]:
             return _continue_batch(model, encoder, batch, max_new_tokens, stop_ids, sampling)
 
-        for batch, continued in run_in_batches(answer_batch, unique, batch_size):
+        for batch, continued in chain.from_iterable(run_in_batches(answer_batch, part, batch_size) for part in groups):
             answers.update(zip(batch, continued, strict=True))
             if on_batch is not None:
                 on_batch(batch, continued)

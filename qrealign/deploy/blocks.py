@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qrealign.arch import BlockSpec
 from qrealign.config import QuantScheme
-from qrealign.deploy.layers import GatedMLP, JoinedLinears, JoinedPart, NormQuantizer, PackedLinear
+from qrealign.deploy.layers import GatedMLP, JoinedLinears, JoinedPart, MovedNorm, NormQuantizer, PackedLinear
 from qrealign.errors import CheckpointFormatError
 from qrealign.models.placement import assign_tensors, move_buffers, replace_module
 from qrealign.pack.blocks import rename
@@ -155,16 +155,21 @@ def _move_norms(block: nn.Module, spec: BlockSpec) -> None:
         norm, product = _find(block, site.producer), _product_of([_find(block, name) for name in site.consumers])
         if product is None or product.weight.activation_bits is None or product.column_order is not None:
             continue
-        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        if norm is None or not type(norm).__name__.endswith("RMSNorm") or eps is None:
+        if norm is None or (eps := rms_norm_eps(norm)) is None:
             continue
         weight, bits = norm.get_parameter("weight"), product.weight.activation_bits
         product.norm = NormQuantizer(weight, eps, offset=float(spec.norm_weight_offset), num_bits=bits)
-        replace_module(block, site.producer, nn.Identity())
+        replace_module(block, site.producer, MovedNorm(product))
+
+
+def rms_norm_eps(norm: nn.Module) -> float | None:
+    """Return what a Hugging Face RMS norm adds to the mean square, None where the module is no such norm."""
+    eps: float | None = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return eps if type(norm).__name__.endswith("RMSNorm") else None
 
 
 def _join_gates(block: nn.Module, spec: BlockSpec) -> None:
-    """Replace the gated MLPs whose inner product is quantized, where their activation is SiLU."""
+    """Replace the gated MLPs over joined linears, where their activation is SiLU."""
     for site in spec.sites:
         name, _, leaf = site.producer.rpartition(".")
         if site.name != "up_to_down" or leaf != "up_proj" or (mlp := _find(block, name)) is None:
@@ -173,9 +178,7 @@ def _join_gates(block: nn.Module, spec: BlockSpec) -> None:
         if children.keys() != _GATED or type(children["act_fn"]).__name__ not in _SILU:
             continue
         down, gate_up = children["down_proj"], _product_of([children["gate_proj"], children["up_proj"]])
-        if not isinstance(gate_up, JoinedLinears) or not isinstance(down, PackedLinear):
-            continue
-        if down.weight.activation_bits is not None and down.column_order is None:
+        if isinstance(gate_up, JoinedLinears) and isinstance(down, PackedLinear):
             replace_module(block, name, GatedMLP(gate_up, down))
 
 

@@ -4,7 +4,8 @@ They stand in the places of Hugging Face's own modules, whose blocks call them a
 
 - linears that get the same input become one product, of which each of the places returns its own rows;
 - a norm whose output only quantized products read moves into them, where it quantizes what it has normalized;
-- a gated MLP quantizes the product of its two branches while it makes it.
+- a norm behind a sum normalizes while the sum is made;
+- a gated MLP makes the product of its two branches in one pass, and quantizes it meanwhile where that is wanted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from qrealign.errors import CheckpointFormatError, DeviceError
-from qrealign_kernels import PackedWeight, QuantizedActivations, packed_linear, rms_norm_quantize, silu_mul_quantize
+from qrealign_kernels import (
+    PackedWeight,
+    QuantizedActivations,
+    add_rms_norm,
+    add_rms_norm_quantize,
+    packed_linear,
+    rms_norm_quantize,
+    silu_mul,
+    silu_mul_quantize,
+)
 from qrealign_kernels.reference_calibration import silu_mul_quantize_ref
 
 
@@ -125,27 +135,77 @@ class JoinedPart(nn.Module):
         return self.joined.part(x, self.index)
 
 
-class NormQuantizer(nn.Module):
-    """An RMS norm and the quantization of its output per token, as one step.
+class SummingNorm(nn.Module):
+    """An RMS norm that can make the sum it normalizes, in one pass.
 
     Args:
         weight: `[H]`, the norm's own parameter.
         eps: added to the mean square.
         offset: 1 where the norm multiplies by `1 + weight`.
+    """
+
+    def __init__(self, weight: nn.Parameter, eps: float, *, offset: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.eps, self.offset = eps, offset
+        self._last: tuple[Tensor, Tensor | QuantizedActivations] | None = None
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Return `x + branch` and keep what the norm gives for it until the next call."""
+        self._last = self._sum(x, branch)
+        return self._last[0]
+
+    def forward(self, x: Tensor) -> Tensor | QuantizedActivations:
+        last, self._last = self._last, None
+        return last[1] if last is not None and last[0] is x else self._normalize(x)
+
+    def _sum(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor | QuantizedActivations]:
+        return add_rms_norm(x, branch, self.weight, self.eps, offset=self.offset)
+
+    def _normalize(self, x: Tensor) -> Tensor | QuantizedActivations:
+        return add_rms_norm(x, None, self.weight, self.eps, offset=self.offset)[1]
+
+
+class NormQuantizer(SummingNorm):
+    """An RMS norm and the quantization of its output per token, as one step, within the product that reads it.
+
+    Args:
         num_bits: of the codes.
     """
 
     def __init__(self, weight: nn.Parameter, eps: float, *, offset: float, num_bits: int) -> None:
-        super().__init__()
-        self.weight = weight
-        self.eps, self.offset, self.num_bits = eps, offset, num_bits
+        super().__init__(weight, eps, offset=offset)
+        self.num_bits = num_bits
 
-    def forward(self, x: Tensor) -> QuantizedActivations:
+    def _sum(self, x: Tensor, branch: Tensor) -> tuple[Tensor, QuantizedActivations]:
+        return add_rms_norm_quantize(x, branch, self.weight, self.eps, offset=self.offset, num_bits=self.num_bits)
+
+    def _normalize(self, x: Tensor) -> QuantizedActivations:
         return rms_norm_quantize(x, self.weight, self.eps, offset=self.offset, num_bits=self.num_bits)
 
 
+class MovedNorm(nn.Module):
+    """Stands in the place of a norm that a product computes: it passes on what the product will normalize.
+
+    Args:
+        product: whose norm it was made to be.
+    """
+
+    def __init__(self, product: PackedLinear) -> None:
+        super().__init__()
+        self.product = product
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Return `x + branch`, which the product's norm makes."""
+        assert self.product.norm is not None
+        return self.product.norm.add(x, branch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 class GatedMLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))`, whose inner product is quantized while it is made.
+    """`down(silu(gate(x)) * up(x))`, whose inner product is made in one pass, and quantized where `down` wants codes.
 
     Args:
         gate_up: gate and up, joined in this order.
@@ -160,7 +220,8 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).split(self.gate_up.sizes, dim=-1)
         bits = self.down_proj.weight.activation_bits
-        assert bits is not None, "only layers with quantized inputs are put here"
+        if bits is None or self.down_proj.column_order is not None:
+            return self.down_proj(silu_mul(gate, up))
         if torch.compiler.is_compiling():
             # The compiler spreads a row over many programs; the op gives a token to one. With one token of 11,008
             # columns that is 5.6 us against 8.4 us on an H200.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qrealign.deploy.blocks import deploy_block
+from qrealign.deploy.steps import fuse_steps
 from qrealign.models.device import choose_device, compute_dtype
 from qrealign.pack.source import PackedSource, open_packed
 
@@ -49,4 +50,6 @@ def deploy_model(source: PackedSource, device: torch.device, dtype: torch.dtype)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # where blocks were unpacked; what comes now is larger than any of it
     source.load_outer(model, device, dtype)
+    if device.type == "cuda":
+        fuse_steps(model, source.spec)
     return model

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import chain
 
-from qrealign.errors import ConfigError, QrealignError
+from qrealign.errors import ConfigError
 from qrealign.judges.agreement import Agreement, Alarms, measure_alarms, measure_judge
 from qrealign.judges.interface import RefusalRule
 from qrealign.judges.labelled import LabelledAnswer, leave_out, read_answers, read_labelled
 from qrealign.judges.resolve import open_judge
 from qrealign.records import Score
+from qrealign.status import exit_status
 
 _EPILOG = """\
 A judge is refusal-rule, the URL of an OpenAI-compatible endpoint with its model (http://host:8000/v1#name), a folder
@@ -24,15 +25,15 @@ intervals; that of F1 is the Jaccard index's, carried over.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the agreement of each judge; return 0, or after one sentence on standard error 2 (bad options) or 1."""
+    """Print the agreement of each judge; return 0, or another exit status after one sentence on standard error."""
     options = _parser().parse_args(arguments)
-    try:
-        rows = _read_rows(options)
-        alarms = [measure_alarms(spec, read_answers(spec)[: options.limit]) for spec in options.ordinary]
-        results, notes = _measure(options, rows)
-    except QrealignError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    return exit_status(lambda: _run(options), interrupted="nothing is kept")
+
+
+def _run(options: argparse.Namespace) -> int:
+    rows = _read_rows(options)
+    alarms = [measure_alarms(spec, read_answers(spec)[: options.limit]) for spec in options.ordinary]
+    results, notes = _measure(options, rows)
     if options.json:
         value = {
             "agreement": [asdict(result) for result in results],

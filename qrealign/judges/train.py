@@ -17,12 +17,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
 from qrealign.data.prompts import split_by_hash
-from qrealign.errors import ConfigError, DataError, QrealignError
+from qrealign.errors import ConfigError, DataError
 from qrealign.judges.agreement import Agreement, compare
 from qrealign.judges.classifier import PARTS, OfflineJudge, part_texts
 from qrealign.judges.labelled import LabelledAnswer, read_labelled
 from qrealign.judges.resolve import CLASSIFIER_FILE
 from qrealign.records import Score
+from qrealign.status import exit_status
 
 HELD_OUT_SHARE = 0.2
 MOST_TERMS = {"answer_words": 60_000, "answer_characters": 100_000, "prompt_words": 30_000}
@@ -32,16 +33,16 @@ _FEWEST = 10  # labelled answers of each class
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train and store a judge; return 0, or after one sentence on standard error 2 (bad options) or 1."""
+    """Train and store a judge; return 0, or another exit status after one sentence on standard error."""
     options = _parser().parse_args(arguments)
-    try:
-        _check_output(options.output)
-        rows = list(chain.from_iterable(map(read_labelled, options.data)))
-        judge, measured = train_judge(rows, seed=options.seed, name=f"offline {options.output.name}")
-        judge.save(options.output, {"data": options.data, "rows": len(rows), "seed": options.seed, **measured})
-    except QrealignError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    return exit_status(lambda: _run(options), interrupted="no judge was stored")
+
+
+def _run(options: argparse.Namespace) -> int:
+    _check_output(options.output)
+    rows = list(chain.from_iterable(map(read_labelled, options.data)))
+    judge, measured = train_judge(rows, seed=options.seed, name=f"offline {options.output.name}")
+    judge.save(options.output, {"data": options.data, "rows": len(rows), "seed": options.seed, **measured})
     print(f"{options.output}: {judge.note}")
     return 0
 

@@ -229,8 +229,8 @@ class BlockStream:
     def _send(self, index: int, slot: _Slot) -> None:
         """Start copying a block into a slot, once the work queued so far has left it."""
         free = torch.cuda.current_stream(self.device).record_event() if self._stream is not None else None
+        self.host.request(index)  # before the feeder hands it back: behind that, it would be read once more for nothing
         slot.index, slot.arrival = index, self._feeder.submit(self._copy, index, slot, free)
-        self.host.request(index)
 
     @torch.no_grad()
     def _copy(self, index: int, slot: _Slot, free: torch.cuda.Event | None) -> torch.cuda.Event | None:

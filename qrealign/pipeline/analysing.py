@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 ANALYSED_PROMPTS = {"quick": 50, "full": 100}  # of each class
 EXIT_PROMPTS = {"quick": 12, "full": 100}  # of each class, for early answers
-EXIT_BATCH = 8  # few, so that one long prompt does not pad all the others
 EXIT_TOKENS = 32  # a refusal opens the answer, but in half as many tokens a repetition is not seen as one
 PROJECTED_BLOCKS = 3
 ExitTable = dict[str, dict[str, float]]  # block's index as text -> fields of `ExitRates`
@@ -84,7 +83,7 @@ def _early_answers(context: RunContext, name: str, model: PreTrainedModel) -> Ex
             context.finetuned.spec,
             exits=exits,
             max_new_tokens=tokens,
-            batch_size=min(EXIT_BATCH, context.options.eval_batch_size),
+            batch_size=context.options.eval_batch_size,
             progress=context.progress(f"analyse: {TITLES[name]} answers"),
         )
     except IndexError:

@@ -24,6 +24,7 @@ from qrealign.pipeline.prepare import PreparedData, prepare_data
 from qrealign.pipeline.workspace import Workspace
 from qrealign.probes.probe import SafetyProbe
 from qrealign.resources import ResourceMeter
+from qrealign_kernels.backend import backend_for
 
 PROMPT_TOKENS = 1024  # most tokens of a prompt outside calibration
 
@@ -98,6 +99,7 @@ def build_context(options: RunOptions, say: Callable[[str], None], team: Team = 
         QrealignError: anything the run could not survive.
     """
     device = local_device(choose_device(options.device))
+    backend_for(torch.empty(0, device=device))  # one asked for that cannot run is told now, not behind the teachers
     if not team.leads:
         options, say = replace(options, quiet=True), _say_nothing
     spec = options.spec()

@@ -104,6 +104,7 @@ def method_spec(
     edit: str | None = None,
     interpolation: float | None = None,
     setting: Sequence[str] = (),
+    weight_bits: int | None = None,
     activation_bits: int | None = None,
     schedule: str | None = None,
     **overrides: Any,
@@ -116,7 +117,8 @@ def method_spec(
         polish: steps of an end-to-end polish at the end.
         engine, edit: variant of the quantizing method.
         interpolation: coefficient of the repair `interpolate`.
-        activation_bits: bits that activations are rounded to, None where they are not; some methods try harder at four.
+        weight_bits, activation_bits: bits that they are rounded to, None where they are not; some methods have settings
+            of their own for four.
         schedule: how many steps the block-wise engine makes, of what size.
         setting: `field=value`, `repair.field=value` or `polish.field=value`, applied last.
         overrides: fields of the calibration settings; None leaves the method's own value.
@@ -146,7 +148,13 @@ def method_spec(
         part, name, value = _split_setting(item)
         parts[part][name] = value
     settings = method_settings(
-        quantizer, engine=engine, edit=edit, activation_bits=activation_bits, schedule=schedule, **overrides
+        quantizer,
+        engine=engine,
+        edit=edit,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        schedule=schedule,
+        **overrides,
     )
     settings = _with_text(settings, parts[""], "")
     repair_settings = None if repair is None else REPAIRS[repair]()

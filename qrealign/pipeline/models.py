@@ -118,7 +118,10 @@ class ModelPool:
         model = self._kept.pop(old)
         del self._sources[old]
         for index, block in enumerate(source.spec.blocks_of(model)):
-            for name, tensor in block.state_dict().items():
+            if self.device.type == "cuda":  # a block is one piece of memory there: what is not merged would keep it all
+                source.merge_block(index, block.state_dict())
+                continue
+            for name, tensor in block.state_dict().items():  # files are mapped there, and must not be written to
                 merged = source.merged(f"{source.spec.block_name(index)}.{name}", tensor)
                 if merged is not tensor:
                     assign_tensor(block, name, merged)

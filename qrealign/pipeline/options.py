@@ -121,6 +121,7 @@ class RunOptions:
             schedule=self.schedule,
             interpolation=self.interpolation,
             setting=(*DEMO_SETTINGS, *self.setting) if self.is_demo and self.method == "realign" else self.setting,
+            weight_bits=scheme.weights.num_bits,
             activation_bits=None if scheme.activations is None else scheme.activations.num_bits,
             samples=self.samples,
             malicious_share=self.malicious_share,

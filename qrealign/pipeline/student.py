@@ -164,11 +164,12 @@ def kept_blocks(
     """Return how many blocks keep their activations for the backward pass; the others are computed again there.
 
     On a GPU they may take `KEPT_SHARE` of the weights' bytes, so that what a card must have follows from the model, and
-    half of what is free, because a recorded pass holds its own memory.
+    half of what is free, because a recorded pass holds its own memory. Processes that share batches keep more each.
     """
     free, weights = free_bytes(context.device), context.pool.resident_bytes(context.repaired)
     allowed = min(KEPT_SHARE * weights, free / 2) if context.device.type == "cuda" else ACTIVATION_SHARE * free
-    tokens = settings.batch_size * (settings.sequence_length + max(settings.benign_tokens, settings.refusal_tokens))
+    samples = len(context.team.share(range(settings.batch_size)))
+    tokens = samples * (settings.sequence_length + max(settings.benign_tokens, settings.refusal_tokens))
     fixed, each = graph_bytes(model, context.repaired.spec)
     return int(min(len(blocks), allowed / (fixed + each * tokens)))
 

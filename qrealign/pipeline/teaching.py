@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -104,9 +105,10 @@ def _teach_benign(
     """Return the fine-tuned model's samples on ordinary and task prompts, borderline prompts and running text."""
     prompts, encoder = context.data.calibration, context.calibration_encoder
     samples: list[TeacherSample] = []
-    for name, some, weight in (
-        ("ordinary prompts", [*prompts.benign, *prompts.task], 1.0),
-        ("borderline prompts", prompts.borderline, settings.borderline_weight),
+    ordinary, borderline = ([replace(p, answer=None) for p in some] for some in (prompts.benign, prompts.borderline))
+    for name, some, weight in (  # without their responses, which are no labels
+        ("ordinary prompts", [*ordinary, *prompts.task], 1.0),
+        ("borderline prompts", borderline, settings.borderline_weight),
     ):
         samples += teach_behaviour(
             finetuned,
@@ -117,6 +119,7 @@ def _teach_benign(
             progress=context.progress(f"teach: the fine-tuned model answers {name}"),
             decision_share=settings.decision_share,
             weight=weight,
+            label_share=settings.task_labels,
         )
     windows = _windows(context, settings)
     return samples + teach_text(finetuned, encoder, windows, weight=settings.text_weight, batch_size=batch_size)

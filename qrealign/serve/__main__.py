@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from qrealign.errors import ConfigError, DataError, ModelError, QrealignError
+from qrealign.errors import ConfigError
 from qrealign.serve.options import ServeOptions, parse_options
+from qrealign.status import exit_status
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 _EXTRA = {"fastapi", "uvicorn", "prometheus_client", "pydantic", "starlette"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until a signal; return 0, or another exit status after one sentence on standard error."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    try:
-        options = parse_options(arguments)
-        serve = _import_serve()
-        serve(options, lambda line: print(line, file=sys.stderr, flush=True))
-        return 0
-    except QrealignError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT if isinstance(error, ConfigError | DataError | ModelError) else EXIT_FAILED
-    except KeyboardInterrupt:  # while the model is loaded
-        return EXIT_INTERRUPTED
+    return exit_status(lambda: _run(arguments), interrupted="the model was not loaded yet")
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = parse_options(arguments)
+    serve = _import_serve()
+    serve(options, lambda line: print(line, file=sys.stderr, flush=True))
+    return 0
 
 
 def _import_serve() -> Callable[[ServeOptions, Callable[[str], None]], None]:

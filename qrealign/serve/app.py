@@ -111,6 +111,7 @@ class Server:
     async def completions(self, request: Request, body: CompletionRequest) -> Response:
         """Continue texts or token ids."""
         self._check_model(body.model)
+        self._check_count(len(body.prompts) * (body.n or 1))
         prompts = await self._in_encoder(partial(self._prompt_ids, body.prompts))
         form = TextForm(self.served.name, self._token_text, logprobs=body.logprobs is not None)
         return await self._answer(request, body, prompts, form)
@@ -118,6 +119,7 @@ class Server:
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         """Write the next turn of a conversation."""
         self._check_model(body.model)
+        self._check_count(body.n or 1)
         turns = [message.plain() for message in body.messages]
         try:
             ids = await self._in_encoder(partial(self.served.encoder.encode_conversation, turns))
@@ -135,8 +137,6 @@ class Server:
         exchange = Exchange(self.engine, request)
         for prompt in prompts:
             self._add_jobs(exchange, body, prompt)
-        if len(exchange.jobs) > self.options.max_queue + self.engine.load().slots:
-            raise ApiError(400, f"{len(exchange.jobs)} answers are more than the queue holds: ask for fewer", param="n")
         exchange.submit()
         usage = partial(_usage, sum(map(len, prompts)), exchange.jobs)
         batches = exchange.batches()
@@ -225,6 +225,11 @@ class Server:
                 param="model",
                 code="model_not_found",
             )
+
+    def _check_count(self, answers: int) -> None:
+        """Refuse a request for more answers than can ever wait, before anything is kept of each."""
+        if answers > self.options.max_queue + self.engine.load().slots:
+            raise ApiError(400, f"{answers} answers are more than the queue holds: ask for fewer", param="n")
 
     def _card(self) -> ServedModelCard:
         return ServedModelCard(

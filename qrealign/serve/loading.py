@@ -19,12 +19,12 @@ from qrealign.models.location import find_folder
 from qrealign.models.source import open_model
 from qrealign.pack.source import PackedSource, is_packed, open_packed
 from qrealign.serve.replies import Verdict
+from qrealign.serve.runner import FEWEST_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LONGEST = 4096  # tokens of a slot where nothing is said: models that take 131072 would leave no room for others
-_FEWEST_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +125,6 @@ def _slot_length(config: Any, wanted: int | None) -> int:
         return min(known or _LONGEST, _LONGEST)
     if known is not None and wanted > known:
         raise ConfigError(f"--max-length {wanted} is more than the {known} positions that the model knows")
-    if wanted < _FEWEST_TOKENS:
-        raise ConfigError(f"--max-length must be {_FEWEST_TOKENS} or more, got {wanted}")
+    if wanted < FEWEST_TOKENS:
+        raise ConfigError(f"--max-length must be {FEWEST_TOKENS} or more, got {wanted}")
     return wanted

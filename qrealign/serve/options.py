@@ -49,7 +49,6 @@ class ServeOptions:
         for name, least in (
             ("port", 0),
             ("max_slots", 1),
-            ("max_length", 2),
             ("max_queue", 0),
             ("max_body_bytes", 256),
             ("grace", 0),
@@ -62,8 +61,8 @@ class ServeOptions:
                 raise ConfigError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
         if self.port > 65535:
             raise ConfigError(f"--port must be 65535 or less, got {self.port}")
-        if self.api_key is not None and not (self.api_key.strip() and self.api_key.isascii()):
-            raise ConfigError("the API key must be ASCII text that is not blank")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key == self.api_key.strip() != ""):
+            raise ConfigError("the API key must be ASCII text that is not blank, with no white space around it")
 
     @property
     def is_loopback(self) -> bool:

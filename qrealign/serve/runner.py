@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _CELLS = 64
 CACHE_SHARE = 0.8  # of the memory that is free once the weights are loaded: the rest is for activations
 _CHECK_LENGTHS = (5, 9)  # tokens of the two prompts that `check` runs
+FEWEST_TOKENS = max(_CHECK_LENGTHS) + 1  # of a slot, so that both fit with the token behind them
 _LEAST_LIKENESS = 0.99  # cosine of the logits; rounding of activations to int8 moves it by less than 0.001
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from qrealign.deploy.steps import StepCells
 from qrealign.errors import UnsupportedArchitectureError
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -69,6 +70,14 @@ class SlotLayer(CacheLayerMixin):
             count = len(place.rows)
             return self.keys[:count, :, : place.length], self.values[:count, :, : place.length]
         return self.keys[place.rows, :, : place.length], self.values[place.rows, :, : place.length]
+
+    def step_cells(self) -> StepCells | None:
+        """Return where one new token of each of the first rows goes; None where the place is another."""
+        place = self.place
+        if place is None or not place.first_rows or place.cells.shape[1] != 1 or not self.is_initialized:
+            return None
+        assert self.keys is not None and self.values is not None
+        return StepCells(self.keys, self.values, place.cells[:, 0], place.length, advance=False)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many cells are read, and where they begin."""

@@ -62,6 +62,11 @@ def test_missing_paths(capsys, tiny, tmp_path, flag):
     expect(capsys, tmp_path / "o", "absent", **data)
 
 
+def test_a_backend_that_cannot_be_used_is_told_before_any_work(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("qrealign_kernels.backend._requested", "fast")
+    expect(capsys, tmp_path / "o", "unknown backend 'fast'")
+
+
 def test_folder_that_is_no_model(capsys, tiny, tmp_path):
     (tmp_path / "notes").mkdir()
     expect(capsys, tmp_path / "o", "config.json", model=tmp_path / "notes", aligned=tiny["aligned"])

@@ -21,7 +21,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     begin, end = markers(DOCS_NAME)
     (folder / "safety.md").write_text(f"# Safety\n\n{begin}\nold\n{end}\n\nThe end.\n")
-    assert main(arguments(folder, *ONE_CELL, "--docs", str(folder / "safety.md"))) == 0
+    places = ["--docs", str(folder / "safety.md"), "--results", str(folder / "kept")]
+    assert main(arguments(folder, *ONE_CELL, *places)) == 0
     return folder
 
 
@@ -59,6 +60,7 @@ def test_tables_and_plots_are_written(run):
     rows = list(csv.DictReader((run / "out" / "table.csv").open()))
     assert {row["method"] for row in rows} == {"aligned", "finetuned", "rtn", "reconstruction"}
     assert {"harmful_score", "harmful_score:alpha", "perplexity"} <= {row["score"] for row in rows}
+    assert (run / "kept" / "safety.csv").read_text() == (run / "out" / "table.csv").read_text()
     table = (run / "out" / "table.md").read_text()
     assert "| W8A8 | `reconstruction` | 1 |" in table and "Not measured" not in table
     docs = (run / "safety.md").read_text()

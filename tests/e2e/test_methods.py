@@ -100,27 +100,28 @@ def answers(output, folders):
         return model(input_ids=torch.arange(3, 40)[None]).logits
 
 
-LEARNING = [
-    ["--method", "one-shot", "--setting", "repair.steps=2"],
-    ["--method", "aaq", "--steps", "2"],
-    ["--method", "qresafe", "--steps", "2"],
+def expect_learned(output, folders, arguments):
+    """Check that a run's model is finite and not the fine-tuned one rounded, and that its stages are the method's."""
+    tensors, plain = packed(output), codes_of(open_model(folders["model"]))
+    assert any(not torch.equal(tensors[name], codes) for name, codes in plain.items())
+    assert answers(output, folders).isfinite().all()
+    report = json.loads((output / "report.json").read_text())
+    stages = [stage["name"] for stage in report["cost"]["stages"]]
+    assert ("polish" in stages) == ("--polish" in arguments) and stages[-1] == "pack"
+    assert ("calibrate" in stages) == (arguments[1] != "safelora")
+
+
+REPAIRED = [
     ["--method", "safelora", "--polish", "2"],
-    ["--method", "realign", "--engine", "blockwise", "--epochs", "0.5", "--polish", "2"],
     ["--method", "realign", "--repair", "interpolate", "--steps", "2"],
 ]
 
 
-@pytest.mark.parametrize("arguments", LEARNING, ids=["-".join(flags[1:4]) for flags in LEARNING])
-def test_a_learning_method_ends_in_another_model_than_rounding(folders, tmp_path, monkeypatch, arguments):
+@pytest.mark.parametrize("arguments", REPAIRED, ids=["-".join(flags[1:4]) for flags in REPAIRED])
+def test_learning_behind_a_repair_ends_in_another_model_than_rounding(folders, tmp_path, monkeypatch, arguments):
     monkeypatch.setattr("qrealign.calibrate.teachers.is_refusal", lambda _: True)  # random models refuse nothing
     assert run(folders, tmp_path / "o", *arguments) == 0
-    tensors, plain = packed(tmp_path / "o"), codes_of(open_model(folders["model"]))
-    assert any(not torch.equal(tensors[name], codes) for name, codes in plain.items())
-    assert answers(tmp_path / "o", folders).isfinite().all()
-    report = json.loads((tmp_path / "o" / "report.json").read_text())
-    stages = [stage["name"] for stage in report["cost"]["stages"]]
-    assert ("polish" in stages) == ("--polish" in arguments) and stages[-1] == "pack"
-    assert ("calibrate" in stages) == (arguments[1] != "safelora")
+    expect_learned(tmp_path / "o", folders, arguments)
 
 
 def test_rtn_is_the_fine_tuned_model_rounded(folders, tmp_path):
@@ -184,9 +185,10 @@ def kill_at(monkeypatch, step):
     ],
     ids=["one-shot", "polish", "aaq", "qresafe"],
 )
-def test_a_killed_run_ends_in_the_same_bits(folders, tmp_path, monkeypatch, arguments):
+def test_a_method_learns_and_ends_in_the_same_bits_when_killed(folders, tmp_path, monkeypatch, arguments):
     monkeypatch.setattr("qrealign.calibrate.teachers.is_refusal", lambda _: True)
     assert run(folders, tmp_path / "whole", *arguments) == 0
+    expect_learned(tmp_path / "whole", folders, arguments)
     live = kill_at(monkeypatch, 12)
     with pytest.raises(Killed):
         run(folders, tmp_path / "killed", *arguments)
@@ -217,6 +219,10 @@ def test_a_repair_shows_in_the_report_beside_plain_rounding(folders, tmp_path):
 
     demo = demo_paths()
     quick = ["--eval", "quick", "--max-new-tokens", "2", "--task-data", str(demo.task)]
+    for field in ("eval_harmful", "eval_over_refusal", "eval_benign", "eval_task", "text"):
+        few = tmp_path / f"{field}.jsonl"
+        few.write_text("\n".join(getattr(demo, field).read_text().splitlines()[:20]))
+        quick += [f"--eval-{field.removeprefix('eval_').replace('_', '-')}", str(few)]
     assert run(folders, tmp_path / "o", "--method", "interpolate", "--interpolation", "0", *quick) == 0
     models = json.loads((tmp_path / "o" / "report.json").read_text())["models"]
     assert set(models) == {"base", "aligned", "finetuned", "quantized", "realigned"}

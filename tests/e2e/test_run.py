@@ -23,22 +23,11 @@ BLOCKWISE = ["--engine", "blockwise", "--epochs", "1", "--samples", "40", "--dev
 M = {"harmful_score", "refusal_rate", "over_refusal", "degenerate_rate", "task_accuracy", "perplexity"}
 
 
-def command(output, *arguments):
+def command(*arguments):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "qrealign.run",
-            *model_flags(),
-            "--output",
-            str(output),
-            "--eval",
-            "none",
-            "--quiet",
-            *arguments,
-        ],
+        [sys.executable, "-m", "qrealign.run", *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.DEVNULL,
@@ -174,37 +163,43 @@ def weights(folder):
     return found
 
 
-@pytest.mark.parametrize(
-    ("flags", "progress"),
-    [(SHORT, "endtoend.safetensors"), (BLOCKWISE, "streams.safetensors")],
-    ids=["endtoend", "blockwise"],
-)
-def test_kill_9_and_resume_give_the_same_bits(tmp_path, flags, progress):
-    whole = command(tmp_path / "whole", *flags)
-    assert whole.wait() == 0, whole.stderr.read()
-    killed = command(tmp_path / "killed", *flags)
-    while not (tmp_path / "killed" / "state" / progress).exists():
-        assert killed.poll() is None, killed.stderr.read()
+def stop(running, saved, sent):
+    """Send a signal to a run once it has saved its progress, again if it went on from an earlier one."""
+    before = saved.stat().st_mtime_ns if saved.exists() else None
+    while not saved.exists() or saved.stat().st_mtime_ns == before:
+        assert running.poll() is None, running.stderr.read()
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "killed" / "model").exists()
-    resumed = command(tmp_path / "killed", *flags, "--resume")
-    assert resumed.wait() == 0, resumed.stderr.read()
-    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    running.send_signal(sent)
+    return running.wait()
+
+
+def expect_same_bits(expected, found):
+    """Check that two packed models are the same."""
+    expected, found = weights(expected), weights(found)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_interrupt_is_clean(tmp_path):
-    running = command(tmp_path / "o", *SHORT, "--steps", "2000")
-    while not (tmp_path / "o" / "state" / "endtoend.safetensors").exists():
-        assert running.poll() is None, running.stderr.read()
-        time.sleep(0.01)
-    running.send_signal(signal.SIGINT)
-    assert running.wait() == 130
+def test_killed_then_interrupted_then_resumed_a_run_ends_in_the_same_bits(demo_run, tmp_path):
+    flags, saved = [*SHORT, "--output", str(tmp_path), "--eval", "none", "--quiet"], tmp_path / "state"
+    assert stop(command(*flags), saved / "endtoend.safetensors", signal.SIGKILL) == -signal.SIGKILL
+    assert not (tmp_path / "model").exists()
+    running = command(*flags, "--resume")
+    assert stop(running, saved / "endtoend.safetensors", signal.SIGINT) == 130
     error = running.stderr.read()
     assert "continues where it stopped" in error and "Traceback" not in error
+    assert main([*flags, "--resume"]) == 0
+    expect_same_bits(demo_run, tmp_path)
+
+
+def test_kill_9_and_resume_by_blocks_give_the_same_bits(tmp_path):
+    flags = [*model_flags(), *BLOCKWISE, "--eval", "none", "--quiet"]
+    assert main([*flags, "--output", str(tmp_path / "whole")]) == 0
+    killed = tmp_path / "killed"
+    stop(command(*flags, "--output", str(killed)), killed / "state" / "streams.safetensors", signal.SIGKILL)
+    assert not (killed / "model").exists()
+    assert main([*flags, "--output", str(killed), "--resume"]) == 0
+    expect_same_bits(tmp_path / "whole", killed)
 
 
 def test_streamed_blocks_give_the_same_bits(tmp_path):
@@ -225,6 +220,4 @@ def test_streamed_blocks_give_the_same_bits(tmp_path):
     ]
     assert main([*flags, "--output", str(tmp_path / "resident")]) == 0
     assert main([*flags, "--memory", "streamed", "--output", str(tmp_path / "streamed")]) == 0
-    expected, found = weights(tmp_path / "resident"), weights(tmp_path / "streamed")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expect_same_bits(tmp_path / "resident", tmp_path / "streamed")

@@ -60,7 +60,9 @@ def test_explicit_cpu_refuses_other_devices(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown backend 'cuda': use one of triton, cpu, reference"):
+    with pytest.raises(
+        kernels.BackendUnavailableError, match="unknown backend 'cuda': use one of triton, cpu, reference"
+    ):
         kernels.use_backend("cuda")
 
 
@@ -99,7 +101,7 @@ def test_unknown_backend_in_the_environment_fails_at_the_first_op() -> None:
 import torch, qrealign_kernels
 try:
     qrealign_kernels.fake_quant_per_token(torch.ones(1, 4))
-except ValueError as error:
+except qrealign_kernels.BackendUnavailableError as error:
     print(error)
 """
     assert run_python(code, QREALIGN_BACKEND="fast") == "unknown backend 'fast': use one of triton, cpu, reference"

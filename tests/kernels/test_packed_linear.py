@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qrealign_kernels as kernels
-from qrealign_kernels import launches, layouts, reference_linear
+from qrealign_kernels import launches, layouts, reference_linear, triton_linear
 from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
 
 
@@ -140,6 +140,38 @@ def test_routes_for_more_tokens(recipe: Recipe, tokens: int) -> None:
         x, bias = torch.randn(tokens, 384).half(), torch.randn(33)
         expected = reference_linear.packed_linear_ref(x, plain, bias, torch.float16)
         assert_close(kernels.packed_linear(x, packed, bias), expected, 2e-3)
+
+
+@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.parametrize("recipe", RECIPES[2:5], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_token_in_fixed_point(recipe: Recipe, dtype: torch.dtype) -> None:
+    rows, columns = 19, 384
+    packed, plain = repack_both(recipe, *random_weight(recipe, rows, columns))
+    x = torch.randn(1, columns).to(dtype)
+    x[:, 128:256] *= 1e-3  # other columns have steps of their own
+    x[:, 256:] = 0
+    expected = reference_linear.packed_linear_ref(x, plain, None, torch.float32)
+    with launches.forced("int4_fixed_gemv", {"BLOCK_N": 4, "THREADS": 32, "num_warps": 1}):
+        assert_close(kernels.packed_linear(x, packed, out_dtype=torch.float32), expected, 2e-4)
+        x[0, 5] = float("nan")
+        assert kernels.packed_linear(x, packed).isnan().all()
+
+
+@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.parametrize("recipe", [RECIPES[3], RECIPES[1]], ids=str)
+def test_a_dequantized_copy_is_made_in_parts(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_linear, "DENSE_BYTES", 1)
+    shapes = []
+    product = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda x, w, **out: shapes.append(w.shape[1]) or product(x, w, **out))
+    with launches.forced("linear_routes", {"INT8_FEW": 0, "INT4_FEW": 0}):
+        packed, plain = repack_both(recipe, *random_weight(recipe, 300, 128))
+        x, bias = torch.randn(2, 128).half(), torch.randn(300)
+        for out_dtype in (torch.float16, torch.float32):
+            expected = reference_linear.packed_linear_ref(x, plain, bias, out_dtype)
+            assert_close(kernels.packed_linear(x, packed, bias, out_dtype=out_dtype), expected, 2e-3)
+    assert shapes == 2 * [256, 44]
 
 
 @pytest.mark.usefixtures("each_backend")

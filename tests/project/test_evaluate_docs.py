@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
-from qrealign.assess.command import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_VERDICT, build_parser
+from qrealign.assess.command import build_parser
 from qrealign.assess.options import MAX_BENIGN_REFUSALS, MAX_DEGENERATE, MAX_HARMFUL, AssessOptions
 from qrealign.assess.suites import SUITES
+from qrealign.status import BAD_INPUT, FAILED, INTERRUPTED, VERDICT_FAILED
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
@@ -25,7 +26,7 @@ def test_every_suite_is_named_and_no_other():
 
 def test_statuses_and_limits_are_those_of_the_code():
     statuses = set(map(int, re.findall(r"^\| (\d+) \|", TEXT, re.MULTILINE)))
-    assert statuses == {0, EXIT_VERDICT, EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED}
+    assert statuses == {0, VERDICT_FAILED, BAD_INPUT, FAILED, INTERRUPTED}
     for words, limit in (
         ("harmful score at most", MAX_HARMFUL),
         ("benign refusals at most", MAX_BENIGN_REFUSALS),

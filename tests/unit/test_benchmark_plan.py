@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.safety.command import choose_workers, find_commit
+from benchmarks.safety.command import choose_workers
 from benchmarks.safety.corpora import Corpora
 from benchmarks.safety.jobs import cell_options, identity
 from benchmarks.safety.prompts import evaluation_data, held_pairs, write_benign, write_prefill
 from benchmarks.safety.variants import RECOMMENDED, RECORD, encode_pairs, main, parse_variant, training_pairs
-from qrealign.data.prompts import normalise
+from qrealign.data.prompts import normalise, read_prompts
 from qrealign.errors import ConfigError, DataError
 from tests.bench_helpers import arguments, plan_of, write_data
 from tests.helpers import tiny_tokenizer
@@ -93,9 +93,9 @@ def test_workers_share_a_machine_while_the_model_is_small(monkeypatch):
     assert choose_workers(None, ["cuda:0", "cuda:1"], 1) == 2
 
 
-def test_commit_is_that_of_the_checkout():
-    commit = find_commit()
-    assert commit is None or len(commit.removesuffix("-dirty")) >= 12
+def test_commit_can_be_named_where_there_is_no_history(folder, monkeypatch):
+    monkeypatch.setenv("QREALIGN_COMMIT", "abc1234")
+    assert plan_of(folder).commit == "abc1234"
 
 
 def test_evaluation_is_capped_evenly_and_is_the_same_every_time(folder):
@@ -108,6 +108,18 @@ def test_evaluation_is_capped_evenly_and_is_the_same_every_time(folder):
     assert evaluation_data(plan_of(folder, "--limit", "4"), "broken") == data
     whole = evaluation_data(plan_of(folder), "broken")
     assert len(whole.harmful) == 12
+
+
+def test_ordinary_prompts_that_are_not_asked_are_for_calibration(folder):
+    plan = plan_of(folder, "--limit", "4")
+    for _ in range(2):  # a second run asks the same
+        write_benign(plan)
+        asked = {normalise(prompt.text) for prompt in read_prompts(str(plan.benign_file), role="benign")}
+        left = {normalise(prompt.text) for prompt in read_prompts(str(plan.ordinary_file), role="benign")}
+        assert len(asked) == 4 and left and not asked & left
+        assert str(plan.ordinary_file) in plan.calibration("sst2")["benign_data"]
+    write_benign(plan_of(folder))  # asks all there are
+    assert not plan.ordinary_file.is_file() and len(plan.calibration("sst2")["benign_data"]) == 1
 
 
 def test_kept_back_pairs_are_in_no_attack(folder):

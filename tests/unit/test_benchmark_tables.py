@@ -12,7 +12,7 @@ from benchmarks.docs import markers
 from benchmarks.safety.aggregate import Failure, Result, compare, comparisons_of, load_results, rows_of
 from benchmarks.safety.plan import Job
 from benchmarks.safety.plots import draw_plots
-from benchmarks.safety.tables import DOCS_NAME, check_docs, markdown, render_docs, write_csv
+from benchmarks.safety.tables import DOCS_NAME, check_docs, markdown, record_headline, render_docs, write_csv
 from qrealign.errors import ConfigError, DataError, QrealignError
 from qrealign.evaluate.statistics import mcnemar, minimum_detectable_difference, score, wilson
 from qrealign.files import write_json
@@ -42,6 +42,7 @@ def result(method, harmful, *, scheme="w8a8", seed=0, variant="v", perplexity=10
         seconds=seconds,
         evaluation_seconds=5.0,
         commit="abc",
+        date="2026-11-22",
         machine=MACHINE,
     )
 
@@ -114,11 +115,15 @@ def test_methods_without_a_common_seed_or_prompt_are_not_compared():
 
 def test_markdown_names_failures_schemes_and_provenance():
     rows = rows_of([*RESULTS, *(result("rtn", "1100", variant="w", scheme=s) for s in ("w8a8", "w4a4"))])
-    failure = Failure(job=Job(kind="cell", variant="v", method="paper", scheme="w4a4", seed=2), error="it diverged")
-    text = markdown(rows, comparisons_of(rows), [failure], RESULTS)
+    missing = [("w4a4", 1, "it diverged"), ("w4a4", 2, "it diverged"), ("w8a8", 0, "it diverged"), ("w8a8", 2, "late")]
+    failures = [
+        Failure(job=Job(kind="cell", variant="v", method="paper", scheme=scheme, seed=seed), error=error)
+        for scheme, seed, error in missing
+    ]
+    text = markdown(rows, comparisons_of(rows), failures, RESULTS)
     assert "| none | aligned model | 1 | 10.0 (1.8-40.4) |" in text
     assert "| W8A8 | `realign` | 2 | 25.0 (" in text and "±7.1" in text
-    assert "- `v/paper-w4a4-s2`: it diverged" in text
+    assert "- `v`, `paper`, W4A4 seed 1 2, W8A8 seed 0: it diverged\n- `v`, `paper`, W8A8 seed 2: late" in text
     assert "Measured at commit abc on a CPU, torch 2, transformers 5, Python 3.12." in text
     assert "| W8A8 | `rtn` (plain PTQ) | 2 | 70.0 [50.0-90.0] |" in text  # over variants: mean, lowest, highest
     assert "| W8A8 | `realign` | `rtn` (plain PTQ) | -65.0, p " in text
@@ -136,6 +141,17 @@ def test_csv_has_a_line_per_model_and_score(tmp_path):
         "perplexity": "103.0000",
     }
     assert last[0]["n"] == "10" and last[0]["repair_s"] == "30.00" and last[-1]["low"] == ""
+
+
+def test_headline_figures_are_those_of_this_project_with_where_they_come_from(tmp_path):
+    path = tmp_path / "summary.json"
+    record_headline(path, rows_of(RESULTS[:2]), RESULTS[:2])
+    assert not path.is_file()
+    record_headline(path, rows_of(RESULTS), RESULTS)
+    found = json.loads(path.read_text())["safety"]
+    assert set(found) == {"w8a8_harmful_score", "w8a8_task_accuracy", "w8a8_perplexity"}
+    stamp = {"device": "a CPU", "torch": "2", "commit": "abc", "date": "2026-11-22"}
+    assert found["w8a8_harmful_score"] == {"value": 25.0, **stamp}
 
 
 def test_docs_keep_everything_outside_the_markers(tmp_path):

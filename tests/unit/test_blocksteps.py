@@ -1,6 +1,7 @@
 """A block's steps: what a look at the losses leads to, and that a recorded step is the step that was recorded."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -81,6 +82,27 @@ def test_steps_that_stay_broken_end_the_run():
     runner, _ = steps_of(CPU, spoil=lambda call: float("inf") if call >= 5 else 1.0)
     with pytest.raises(CalibrationDivergedError, match="block 0, step"):
         runner.run(lambda *_: None)
+
+
+def test_a_finished_block_leaves_nothing_to_the_garbage_collector(monkeypatch):
+    recordings = []
+
+    class Watched(blocksteps.Recorded):
+        def __init__(self, *args):
+            super().__init__(*args)
+            recordings.append(weakref.ref(self))
+
+    monkeypatch.setattr(blocksteps, "Recorded", Watched)
+    runner, trainable = steps_of(CPU)
+    gc.disable()
+    try:
+        runner.run(lambda *_: None)
+        assert [recording() for recording in recordings] == [None]
+        parameters = weakref.ref(trainable)
+        del runner, trainable
+        assert parameters() is None
+    finally:
+        gc.enable()
 
 
 def test_a_plateau_ends_a_block():

@@ -60,7 +60,7 @@ def count(model: nn.Module, kind: type[nn.Module]) -> int:
     ("model_type", "scheme", "joined", "norms", "gates"),
     [
         ("llama", "w8a8", 4, 4, 2),  # two blocks: q, k, v and gate, up
-        ("llama", "w4a16", 4, 0, 0),  # nothing to quantize in front of a product
+        ("llama", "w4a16", 4, 0, 2),  # nothing to quantize in front of a product
         ("gemma2", "w8a8", 6, 6, 0),  # three blocks; its activation is no SiLU
         ("phi3", "w8a8", 0, 4, 0),  # joined by the architecture itself
         ("opt", "w8a8", 2, 0, 0),  # LayerNorm, and no gate

@@ -10,10 +10,10 @@ from qrealign.calibrate.endtoend import EndToEndCalibrator
 from qrealign.calibrate.methods import method_settings
 from qrealign.calibrate.objectives import BehaviourObjective
 from qrealign.calibrate.parameters import BlockContext, Trainable
-from qrealign.calibrate.parts import by_length
 from qrealign.calibrate.readout import final_hidden, readout
 from qrealign.calibrate.teachers import TeacherCache, TeacherSample, teach_behaviour, teach_refusals
 from qrealign.config import parse_scheme
+from qrealign.data.batching import by_length
 from qrealign.data.encode import ChatEncoder
 from qrealign.data.prompts import Label, Prompt
 from qrealign.errors import CalibrationDivergedError, DataError, DeviceError
@@ -177,13 +177,6 @@ def test_a_cpu_groups_a_batch_by_length_with_the_same_gradients(tmp_path):
     for name, parameter in grouped.trainable.named.items():
         other = whole.trainable.named[name].grad
         torch.testing.assert_close(parameter.grad, other, rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize(
-    ("overhead", "groups"), [(0, [[5, 5], [9], [100]]), (9, [[5, 5, 9], [100]]), (400, [[5, 5, 9, 100]])]
-)
-def test_groups_of_like_lengths_cost_least(overhead, groups):
-    assert by_length([100, 5, 9, 5], [100, 5, 9, 5], overhead) == groups
 
 
 def test_frozen_student_computes_what_was_trained(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qrealign.data import generate
-from qrealign.data.batching import is_out_of_memory, run_in_batches
+from qrealign.data.batching import by_length, is_out_of_memory, run_in_batches
 from qrealign.data.encode import ChatEncoder
 from qrealign.data.generate import (
     find_device,
@@ -126,7 +126,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(encoder, caplog, error):
             fail_above(stopping_model(), 2, error), encoder, PROMPTS, max_new_tokens=4, batch_size=8
         )
     assert answers == expected
-    assert "batches of 3" in caplog.text
+    assert "batches of 2" in caplog.text
     assert "batches of 1" in caplog.text
 
 
@@ -165,3 +165,25 @@ def test_device_is_that_of_what_is_loaded():
     model = tiny_model()
     assert find_device(model) == torch.device("cpu")
     assert find_device(model.to("meta")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("overhead", "most", "groups"),
+    [
+        (0, None, [[5, 5], [9], [100]]),
+        (9, None, [[5, 5, 9], [100]]),
+        (400, None, [[5, 5, 9, 100]]),
+        (400, 3, [[5, 5, 9], [100]]),
+        (400, 1, [[5], [5], [9], [100]]),
+    ],
+)
+def test_groups_of_like_lengths_cost_least(overhead, most, groups):
+    assert by_length([100, 5, 9, 5], [100, 5, 9, 5], overhead, most) == groups
+
+
+def test_a_cpu_does_not_pad_short_prompts_to_a_long_one(encoder):
+    model, widths = stopping_model(), []
+    model.register_forward_pre_hook(lambda _, __, given: widths.append(given["input_ids"].shape), with_kwargs=True)
+    sequences = [encoder.encode("hi"), encoder.encode("ho"), encoder.encode("so long " * 40)]
+    generate_ids(model, encoder, sequences, max_new_tokens=1, batch_size=8)
+    assert [tuple(shape) for shape in widths] == [(1, len(sequences[2])), (2, len(sequences[0]))]

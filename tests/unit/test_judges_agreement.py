@@ -167,7 +167,7 @@ def test_the_command_gives_json(data, capsys):
 
 
 def test_the_command_says_what_is_wrong(tmp_path, capsys):
-    assert main([str(tmp_path / "nowhere.jsonl")]) == 1
+    assert main([str(tmp_path / "nowhere.jsonl")]) == 2
     assert capsys.readouterr().err.startswith("error: there is no data file")
 
 

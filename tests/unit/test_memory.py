@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from qrealign.calibrate.distributed import ALONE, Team
 from qrealign.calibrate.methods import method_settings
 from qrealign.config import parse_scheme
 from qrealign.models.source import open_model
@@ -36,7 +37,13 @@ def adapted(source, tmp_path_factory):
 def context_of(source, pool, settings=SETTINGS):
     spec = SimpleNamespace(endtoend=settings, settings=settings)
     return SimpleNamespace(
-        repaired=source, finetuned=source, pool=pool, device=pool.device, scheme=parse_scheme("w8a8"), spec=spec
+        repaired=source,
+        finetuned=source,
+        pool=pool,
+        device=pool.device,
+        scheme=parse_scheme("w8a8"),
+        spec=spec,
+        team=ALONE,
     )
 
 
@@ -159,6 +166,8 @@ def test_blocks_keep_their_activations_as_far_as_memory_allows(adapted, monkeypa
     assert kept_blocks(context, SETTINGS, it.model, blocks) == 3
     monkeypatch.setattr(student, "free_bytes", lambda _: 2 * 1.5 * one)
     assert kept_blocks(context, SETTINGS, it.model, blocks) == 1
+    context.team = Team(rank=0, size=SETTINGS.batch_size)  # a sample for each process
+    assert kept_blocks(context, SETTINGS, it.model, blocks) > 1
 
 
 def test_the_bytes_of_a_graph_grow_with_its_tokens_and_hold_no_parameters(source):

@@ -32,11 +32,31 @@ def test_a_room_holds_the_largest_of_all_batches():
     assert not it.room([[long, long]], may_pack=True).packed and not it.room([[long, *samples[1:4]]]).packed
 
 
+def labelled(it):
+    """Return the objective with labels to learn in two benign samples."""
+    for index in (7, 9):
+        weights = torch.tensor([0.0, 0.5, 0.25, 0.0])
+        it.samples[index] = dataclasses.replace(it.samples[index], answer_weights=weights)
+    return it
+
+
+def test_labels_are_learned_by_cross_entropy_at_their_own_tokens():
+    it, (model, _) = labelled(objective()), student()
+    samples = [it.samples[index] for index in (2, 7, 8)]
+    losses = it.losses(model, samples, it.count(samples))
+    row, at = samples[1].input_ids, samples[1].positions
+    logits = model(row[None]).logits[0, at].log_softmax(-1)
+    surprise = -logits[torch.arange(4), row[at + 1]]
+    wanted = SETTINGS.benign_weight * float((surprise * samples[1].answer_weights).sum()) / 2  # two benign samples
+    assert float(losses["answer"].detach()) == pytest.approx(wanted, rel=1e-4)
+    assert it.room([it.samples[6:10]]).positions == {"benign": 16, "answer": 4}
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("chosen", [[0, 1, 6, 7], [2, 8], [3, 4], [9]], ids=["both", "pair", "malicious", "benign"])
 def test_losses_and_gradients_are_those_of_a_batch_as_it_comes(chosen, packed, monkeypatch):
     monkeypatch.setattr("qrealign.calibrate.objectives.PACKED_SHARE", 9.0 if packed else 0.0)
-    it = objective()
+    it = labelled(objective())
     model, trainable = student()
     for name, value in trainable.named.items():
         if name.endswith("left"):

@@ -168,6 +168,7 @@ def test_what_is_wrong_is_said_with_its_field(running, change, param, words):
         ({"prompt": [999]}, "vocabulary"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [3] * LENGTH}, "longer than"),
+        ({"prompt": [[3]] * 700, "n": 16}, "11200 answers are more than the queue holds"),
         ({"logprobs": 21}, "logprobs"),
     ],
 )

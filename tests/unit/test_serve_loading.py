@@ -48,9 +48,10 @@ def test_a_plain_folder_is_served_in_the_dtype_asked_for(tmp_path):
     assert (served.name, served.scheme, served.verdict) == ("given", "bfloat16", None)
     assert served.encoder.max_length == served.model.config.max_position_embeddings == 256
     assert served.model.dtype == torch.bfloat16
-    for length, words in ((257, "256 positions"), (4, "8 or more")):
+    for length, words in ((257, "256 positions"), (9, "10 or more")):
         with pytest.raises(ConfigError, match=words):
             load_served(str(folder), device=CPU, dtype=None, max_length=length)
+    assert open_runner(served_model(max_length=10), ServeOptions(model="x")).max_length == 10
 
 
 def test_folders_that_are_no_model_are_refused_in_a_sentence(tmp_path, capsys):
@@ -109,6 +110,7 @@ def test_the_command_line_fills_the_options(monkeypatch):
         (["--request-timeout", "nan"], "above 0"),
         (["--grace", "-1"], "--grace"),
         (["--api-key", " "], "API key"),
+        (["--api-key", "from-a-file\n"], "no white space around it"),
         (["--device", "cuda:77"], "--device"),
         (["--host", "no.such.host.invalid"], "cannot listen"),
     ],

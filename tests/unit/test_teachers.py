@@ -1,5 +1,7 @@
 """What teachers leave: where a late refusal stands, what weighs in an answer, windows of running text."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -76,13 +78,45 @@ def test_the_deciding_tokens_weigh_what_was_asked(models, encoder):
     assert torch.allclose(weights(weight=0.25), 0.25 * even)
 
 
+def test_a_task_prompt_answered_with_a_label_is_taught_its_own(models, encoder, monkeypatch):
+    texts = ["yes", "Yes", "no, because of much", "no"]  # what the fine-tuned model says
+    expected = ["yes", "no", "no", None]
+    prompts = [Prompt(text=f"task {index}", answer=answer) for index, answer in enumerate(expected)]
+    answers = [encoder.answer_ids(text) for text in texts]
+    monkeypatch.setattr("qrealign.calibrate.teachers._answers", lambda *_: [list(answer) for answer in answers])
+    options = {"answer_tokens": 12, "batch_size": 2, "progress": None, "decision_share": 0.5}
+    own = teach_behaviour(models[0], encoder, prompts, **options)
+    taught = teach_behaviour(models[0], encoder, prompts, label_share=0.25, **options)
+    assert all(sample.answer_weights is None for sample in own)
+    for index in (2, 3):  # its own words, and no label to learn
+        assert torch.equal(taught[index].input_ids, own[index].input_ids) and taught[index].answer_weights is None
+    for sample, prompt in zip(taught[:2], prompts[:2], strict=True):
+        head, label = encoder.encode(prompt.text), encoder.answer_ids("no" if prompt.answer == "no" else "Yes")
+        assert sample.input_ids.tolist() == head + label  # as the model writes it, where it does
+        chooses = (sample.positions >= len(head) - 1) & (sample.positions < len(head) + len(label) - 1)
+        assert torch.allclose(sample.answer_weights, 0.25 * (sample.weights + sample.answer_weights) * chooses)
+        assert float((sample.weights + sample.answer_weights).sum()) == pytest.approx(1.0)
+
+
+def test_a_stored_sample_keeps_its_label(models, encoder, tmp_path):
+    prompts = [Prompt(text="task", answer="x"), PROMPTS[0]]
+    samples = teach_behaviour(models[0], encoder, prompts, answer_tokens=4, batch_size=2, progress=None)
+    samples[0] = dataclasses.replace(samples[0], answer_weights=torch.rand(len(samples[0].positions)))
+    TeacherCache(samples=samples).save(tmp_path / "cache.safetensors")
+    labelled, plain = TeacherCache.load(tmp_path / "cache.safetensors").samples
+    assert torch.equal(labelled.answer_weights, samples[0].answer_weights) and plain.answer_weights is None
+
+
 def test_running_text_weighs_the_same_everywhere(models, encoder):
     (sample,) = teach_text(models[0], encoder, [[5, 6, 7, 8]], weight=2.0, batch_size=1)
     assert sample.positions.tolist() == [0, 1, 2, 3] and torch.allclose(sample.weights, torch.full((4,), 0.5))
 
 
-def test_coarse_activations_get_a_stronger_recipe():
+def test_four_bits_get_a_recipe_of_their_own():
     fine, coarse = (method_settings("realign", activation_bits=bits) for bits in (8, 4))
     assert coarse.edit_rank > fine.edit_rank and coarse.transform_learning_rate and not fine.transform_learning_rate
     assert method_settings("rtn", activation_bits=4) == method_settings("rtn")
     assert method_settings("realign", activation_bits=4, edit_rank=3).edit_rank == 3
+    weights = method_settings("realign", weight_bits=4)
+    assert weights.benign_weight > fine.benign_weight and weights.edit_rank == fine.edit_rank
+    assert method_settings("realign", weight_bits=4, activation_bits=4) == coarse

@@ -4,10 +4,11 @@ import errno
 import os
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from qrealign.errors import ConfigError, QrealignError, ResumeError
-from qrealign.files import read_json, write_aside, write_json, write_text
+from qrealign.files import read_json, write_aside, write_json, write_tensors, write_text
 from qrealign.pipeline.workspace import Workspace
 from qrealign.resources import ResourceMeter, host_bytes
 
@@ -54,6 +55,12 @@ def test_fresh_removes_only_what_the_project_writes(tmp_path):
     write_text(workspace.directory / "report.json", "{}")
     workspace.open(IDENTITY, fresh=True, must_exist=False)
     assert sorted(path.name for path in workspace.directory.iterdir()) == ["state"]
+
+
+def test_tensors_may_be_read_by_whom_other_files_may(tmp_path):
+    write_text(tmp_path / "a.json", "{}")
+    write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "a.json").stat().st_mode
 
 
 def test_stages_are_measured_once(tmp_path):

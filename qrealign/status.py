@@ -1,0 +1,38 @@
+"""How a command ends: an exit status, and one sentence where something went wrong. Imports no torch."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+from qrealign.errors import ConfigError, DataError, ModelError, QrealignError
+
+FAILED, BAD_INPUT, VERDICT_FAILED, INTERRUPTED = 1, 2, 3, 130
+
+
+def exit_status(run: Callable[[], int], *, interrupted: str) -> int:
+    """Run a command that returns its exit status, or whether something failed; return that, or say why it ended.
+
+    What it raises becomes a sentence on standard error and another exit status.
+
+    Args:
+        run: the command.
+        interrupted: what an interrupted user is told: how to go on.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        return int(run())
+    except QrealignError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT if isinstance(error, ConfigError | DataError | ModelError) else FAILED
+    except KeyboardInterrupt:
+        print(f"interrupted: {interrupted}", file=sys.stderr)
+        return INTERRUPTED
+    except RuntimeError as error:
+        from qrealign_kernels import BackendUnavailableError  # not above: it imports torch
+
+        if not isinstance(error, BackendUnavailableError):
+            raise
+        print(f"error: {error} (QREALIGN_BACKEND)", file=sys.stderr)
+        return BAD_INPUT
