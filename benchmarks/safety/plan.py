@@ -199,15 +199,17 @@ class Plan:
         return [Job(kind="prefill", variant=variant.name) for variant in self.variants if self.prefill != "none"]
 
     def measurements(self) -> list[Job]:
-        """Return every reference and cell; plain rounding is among them whether it was asked for or not."""
+        """Return every reference and cell; plain rounding is among them whether it was asked for or not.
+
+        One seed comes after the other, so that a run that is cut off has every method with as many as it got to.
+        """
         models = [name for name in REFERENCES if name != "base" or self.base is not None]
         jobs = [Job(kind="reference", variant=v.name, method=name) for v in self.variants for name in models]
-        for method in dict.fromkeys((BASELINE, *self.methods)):
-            seeds: Sequence[int] = self.seeds[:1] if is_seedless(method) else self.seeds
-            jobs += [
-                Job(kind="cell", variant=variant.name, method=method, scheme=scheme, seed=seed)
-                for variant in self.variants
-                for scheme in self.schemes
-                for seed in seeds
-            ]
-        return jobs
+        return jobs + [
+            Job(kind="cell", variant=variant.name, method=method, scheme=scheme, seed=seed)
+            for seed in self.seeds
+            for method in dict.fromkeys((BASELINE, *self.methods))
+            if seed == self.seeds[0] or not is_seedless(method)
+            for variant in self.variants
+            for scheme in self.schemes
+        ]
