@@ -22,7 +22,7 @@ def report() -> str:
         | {f"cuda:{index}": _describe(index) for index in range(torch.cuda.device_count())},
         "kernels": {
             "triton": info["triton"],
-            "cuda (few tokens)": info["cuda_kernels"],
+            "cuda extension": info["cuda_kernels"],
             "cpu": info["cpu"],
             "reference": info["reference"],
         },

@@ -93,9 +93,10 @@ def table(rows: Sequence[Row]) -> str:
     ]
     header = ["op", "of what", "shape", "MB", "GFLOP", "µs", "share of ceiling", "definition, µs"]
     origin = rows[0]
+    commits = " and ".join(dict.fromkeys(row.commit for row in rows))
     figures = ", ".join(f"`{name}` {value:.2f}" for name, value in headline_figures(rows).items())
     return markdown_table(header, body, "lllrrrrr") + (
-        f"\n{origin.device}, torch {origin.torch}, triton {origin.triton}, commit {origin.commit}, {origin.date}; copy "
+        f"\n{origin.device}, torch {origin.torch}, triton {origin.triton}, commit {commits}, {origin.date}; copy "
         f"{origin.copy_gb_s:,.0f} GB/s read and written. Linears of a Llama-2-7B block together, each as often as it "
         f"is there: {figures}.\n"
     )
@@ -104,7 +105,8 @@ def table(rows: Sequence[Row]) -> str:
 def publish(rows: Sequence[Row], docs: Path | None, summary: Path) -> str:
     """Write the headline figures and, where asked, the documentation's table; return the table."""
     if figures := headline_figures(rows):
-        record("calibration", figures, device=rows[0].device, path=summary)
+        stamp = {name: getattr(rows[0], name) for name in ("device", "torch", "triton", "commit", "date")}
+        record("calibration", figures, stamp=stamp, path=summary)
     text = table(rows)
     if docs is not None:
         put_table(docs, DOCS_NAME, text)

@@ -159,15 +159,11 @@ class Plan:
 
     def calibration(self, task: str) -> dict[str, tuple[str, ...]]:
         """Return the pipeline's options for calibration data and, so that it keeps the two apart, evaluation data."""
-        corpora, ordinary = self.corpora, self.ordinary_file
+        corpora = self.corpora
         questions = corpora.file(f"task_{task}")
         return {
             "safety_data": (corpora.file("calib_clean"),),
-            "benign_data": (
-                corpora.file("calib_clean"),
-                *corpora.more("instruct_alpaca"),
-                *([str(ordinary)] if ordinary.is_file() else []),
-            ),
+            "benign_data": (corpora.file("calib_clean"), *corpora.more("instruct_alpaca")),
             "text_data": corpora.more("text_wikipedia"),
             "borderline_data": (corpora.file("pairs_safety") + _BORDERLINE,),
             "task_data": (f"{questions}?split=train",),
@@ -181,11 +177,6 @@ class Plan:
     def benign_file(self) -> Path:
         """The ordinary prompts drawn for the evaluation."""
         return self.output / "prompts" / "benign.jsonl"
-
-    @property
-    def ordinary_file(self) -> Path:
-        """The ordinary prompts that the evaluation leaves to calibration, where it leaves some."""
-        return self.output / "prompts" / "ordinary.jsonl"
 
     def prefill_file(self, variant: str) -> Path:
         """The prompts of a variant's prefill attack with the beginnings of their answers."""

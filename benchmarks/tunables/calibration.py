@@ -27,8 +27,6 @@ WEIGHTS = {
     "16384": (4096, 11008, 0),
     "32768": (8192, 28672, 0),
 }
-WHOLE_ROWS = {key: shape for key, shape in WEIGHTS.items() if key in ("4096", "8192", "16384")}
-SCALED_ROWS = {"4096": (11008, 4096, 0), "8192": (8192, 8192, 0)}
 BOUNDS = {"rows": (11008, 4096, 0), "groups": (4096, 4096, 128)}
 EDITED = {"rows": (4096, 11008, 0), "16": (4096, 4096, 8), "32": (4096, 4096, 32), "64": (4096, 4096, 64)}
 TOKENS = {
@@ -129,14 +127,6 @@ def norm_gradient_candidates(key: str) -> list[Choice]:
     )
 
 
-def row_block_candidates(key: str) -> list[Choice]:
-    """Return the CUDA extension's blocks for whole rows: loads of a row a thread, and blocks on a multiprocessor."""
-    return grid(
-        {"VECTORS": (1, 2, 3, 4), "BLOCKS": (1, 2, 3, 4, 6)},
-        lambda choice: max(1, int(key) // 4096 - 1) <= choice["VECTORS"] <= max(2, int(key) // 4096),
-    )
-
-
 def _randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=dtype)
 
@@ -192,11 +182,6 @@ def backward_calls(rows: int, columns: int, arguments: dict[str, Any]) -> Calls:
         grad = _randn(rows, columns)
         calls.append(partial(edited_weight_gradients, grad, weight, wanted=wanted, extremes=extremes, **shared))
     return calls
-
-
-def scaled_calls(rows: int, columns: int, group_size: int) -> Calls:
-    """Return calls that reduce a bfloat16 gradient to the logits and the column scale."""
-    return backward_calls(rows, columns, learned(rows, columns, group_size) | {"row_divisor": None})
 
 
 def product_calls(tokens: int, rows: int, columns: int, group_size: int) -> Calls:
@@ -266,20 +251,6 @@ TUNABLES = (
     Tunable(name="fake_quant_edited_fwd", keys=WEIGHTS, candidates=weight_candidates, make_calls=forward_calls),
     Tunable(name="weight_gradients_bwd", keys=WEIGHTS, candidates=gradient_candidates, make_calls=gradient_calls),
     Tunable(name="bound_gradients_bwd", keys=BOUNDS, candidates=bound_candidates, make_calls=bound_calls),
-    Tunable(
-        name="cuda_round_rows",
-        keys=WHOLE_ROWS,
-        candidates=row_block_candidates,
-        make_calls=forward_calls,
-        optional=True,
-    ),
-    Tunable(
-        name="cuda_row_gradients",
-        keys=SCALED_ROWS,
-        candidates=row_block_candidates,
-        make_calls=scaled_calls,
-        optional=True,
-    ),
     Tunable(name="fake_quant_edited_steps_fwd", keys=EDITED, candidates=edited_candidates, make_calls=edited_calls),
     Tunable(
         name="product_gradients_bwd",

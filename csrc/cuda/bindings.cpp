@@ -5,7 +5,6 @@
 #include <string>
 
 #include "decode.h"
-#include "fake_quant.h"
 #include "matmul.h"
 
 namespace {
@@ -60,40 +59,14 @@ void matmul_int4(uintptr_t x, uintptr_t codes, uintptr_t scale, uintptr_t zero_p
                               {tile_tokens, shared_rows, cluster}, pointer<void>(stream)));
 }
 
-qrealign::RowTransform transform_of(uintptr_t low_logit, uintptr_t high_logit, uintptr_t column_scale, uintptr_t row_divisor) {
-  return {pointer<float>(low_logit), pointer<float>(high_logit), pointer<float>(column_scale), pointer<float>(row_divisor)};
-}
-
-void round_rows(uintptr_t weight, uintptr_t low_logit, uintptr_t high_logit, uintptr_t column_scale, uintptr_t row_divisor, int qmin,
-                int qmax, float min_scale, uintptr_t out, uintptr_t codes, uintptr_t scale, uintptr_t extremes, int rows, int columns,
-                int vectors, int blocks, int multiprocessors, uintptr_t stream) {
-  check(qrealign::round_rows(pointer<void>(weight), transform_of(low_logit, high_logit, column_scale, row_divisor),
-                             {qmin, qmax, min_scale},
-                             {pointer<void>(out), pointer<int8_t>(codes), pointer<float>(scale), pointer<float>(extremes)}, rows,
-                             columns, {vectors, blocks, multiprocessors}, pointer<void>(stream)));
-}
-
-void row_gradients(uintptr_t grad, uintptr_t weight, uintptr_t extremes, uintptr_t low_logit, uintptr_t high_logit,
-                   uintptr_t column_scale, uintptr_t row_divisor, int qmin, int qmax, float min_scale, uintptr_t to_low,
-                   uintptr_t to_high, uintptr_t to_column, uintptr_t to_divisor, uintptr_t partial, int rows, int columns, int vectors,
-                   int blocks, int multiprocessors, uintptr_t stream) {
-  check(qrealign::row_gradients(pointer<void>(grad), pointer<void>(weight), pointer<float>(extremes),
-                                transform_of(low_logit, high_logit, column_scale, row_divisor), {qmin, qmax, min_scale},
-                                {pointer<float>(to_low), pointer<float>(to_high), pointer<float>(partial), pointer<float>(to_column),
-                                 pointer<float>(to_divisor)},
-                                rows, columns, {vectors, blocks, multiprocessors}, pointer<void>(stream)));
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C_cuda, module) {
-  module.doc() = "Decode kernels for NVIDIA GPUs; arguments are addresses, sizes and a stream handle.";
+  module.doc() = "Kernels for NVIDIA GPUs; arguments are addresses, sizes and a stream handle.";
   module.def("unusable_reason", &qrealign::unusable_reason);
   module.def("decode_int4", &decode_int4);
   module.def("decode_int8", &decode_int8);
   module.def("quantize_decode_int8", &quantize_decode_int8);
   module.def("quantize_tokens", &quantize_tokens);
   module.def("matmul_int4", &matmul_int4);
-  module.def("round_rows", &round_rows);
-  module.def("row_gradients", &row_gradients);
 }

@@ -147,8 +147,8 @@ struct Layout {
 
 template <typename... Parameters, typename... Arguments>
 int launch_kernel(void (*kernel)(Parameters...), const Layout& layout, void* stream, Arguments... arguments) {
-  constexpr int kWithoutAsking = 48 * 1024;
-  if (layout.shared_bytes > kWithoutAsking) {
+  constexpr int kWithoutAsking = 48 * 1024, kMostStatic = 8 * 1024;  // a kernel's fixed arrays count too
+  if (layout.shared_bytes > kWithoutAsking - kMostStatic) {
     const cudaError_t refused = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                      cudaFuncAttributeMaxDynamicSharedMemorySize, layout.shared_bytes);
     if (refused != cudaSuccess) return static_cast<int>(refused);

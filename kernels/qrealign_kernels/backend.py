@@ -108,7 +108,7 @@ def _load(name: str) -> Backend:
 def build_info() -> dict[str, str]:
     """Return what this machine can use: "usable" or the reason why not, instruction sets and versions.
 
-    "cuda_kernels" is the extension that serves the backend "triton" for a few tokens.
+    "cuda_kernels" is the extension that serves the backend "triton" where its launch tables say so.
     """
     info = {name: unavailable_reason(name) or "usable" for name in BACKENDS}
     return info | {

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qrealign_kernels import cuda_weight, launches
+from qrealign_kernels import launches
 from qrealign_kernels.reference import MIN_SCALE, code_range, kept_share
 from qrealign_kernels.reference_calibration import WeightTransform
 from qrealign_kernels.triton_common import (
@@ -295,10 +295,6 @@ def fake_quant_edited_weight(
         The rounded weight and, where asked to `keep` something for the backward and no edit is given, the extremes of
         each group, `[2, N, G]` float32: 8 bytes a group that spare the backward the search.
     """
-    if out_dtype == torch.bfloat16:
-        done = cuda_weight.round_rows(weight, low_logit, high_logit, transform, keep=keep, **grid)
-        if done is not None:
-            return done
     rows, columns = weight.shape
     groups = columns // (grid["group_size"] or columns)
     out = torch.empty(weight.shape, dtype=out_dtype, device=weight.device)
@@ -321,14 +317,6 @@ def encode_weight(
     scale_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute `reference_calibration.encode_weight_ref`."""
-    grid: dict[str, Any] = {
-        "num_bits": num_bits,
-        "group_size": group_size,
-        "symmetric": symmetric,
-        "scale_dtype": scale_dtype,
-    }
-    if (done := cuda_weight.encode_rows(weight, low_logit, high_logit, transform, **grid)) is not None:
-        return (*done, None)
     rows, columns = weight.shape
     groups = columns // (group_size or columns)
     codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
@@ -343,7 +331,10 @@ def encode_weight(
         scale,
         zero_point,
         None,
-        **grid,
+        num_bits=num_bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        scale_dtype=scale_dtype,
     )
     return codes, scale, zero_point
 

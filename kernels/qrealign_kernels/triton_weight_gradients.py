@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from qrealign_kernels import cuda_weight, launches
+from qrealign_kernels import launches
 from qrealign_kernels.reference import MIN_SCALE, code_range
 from qrealign_kernels.reference_calibration import (
     WeightGradients,
@@ -49,10 +49,6 @@ def edited_weight_gradients(
     width = grid["group_size"] or weight.shape[1]
     if width > LARGEST_WIDTH:
         return _gradients_by_definition(grad, weight, low_logit, high_logit, transform, wanted, **grid)
-    if extremes is not None and "weight" not in wanted:
-        found = cuda_weight.row_gradients(grad, weight, low_logit, high_logit, transform, extremes, **grid)
-        if found is not None:
-            return found
     if transform.left is None:
         reduction = _Reduction(weight.contiguous(), low_logit, high_logit, transform, wanted, **grid)
         if extremes is not None and not wanted & {"weight", "column_scale"}:

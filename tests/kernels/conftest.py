@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 import qrealign_kernels as kernels
-from qrealign_kernels import backend, cuda, cuda_weight, launches
+from qrealign_kernels import backend, cuda, launches
 
 STREAM = 7
 LAUNCHES = {  # of the CUDA extension's kernels in the tests that record them
     "cuda_int4": {"WARPS": 8, "ROW_TILES": 1, "STAGES": 2},
     "cuda_int8": {"WARPS": 8, "ROW_TILES": 1, "STAGES": 2},
     "cuda_int4_tile": {"TOKENS": 128, "SHARED_ROWS": 1, "CLUSTER": 2},
-    "cuda_round_rows": {"VECTORS": 1, "BLOCKS": 2},
-    "cuda_row_gradients": {"VECTORS": 1, "BLOCKS": 2},
 }
 
 
@@ -40,7 +38,6 @@ def extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     recorder = Recorder()
     monkeypatch.setattr(cuda, "_C", recorder)
     monkeypatch.setattr(cuda, "_on_gpu", lambda tensor: True)
-    monkeypatch.setattr(cuda_weight, "_multiprocessors", lambda device: 3)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=STREAM))
     with contextlib.ExitStack() as stack:
         for kernel, launch in LAUNCHES.items():

@@ -40,7 +40,6 @@ TILE_CUTS = [
     {"TOKENS": tokens, "SHARED_ROWS": shared, "CLUSTER": cluster}
     for tokens, shared, cluster in ((64, 1, 1), (128, 1, 2), (128, 0, 1), (256, 0, 2))
 ]
-ROW_CUTS = [{"VECTORS": vectors, "BLOCKS": 1} for vectors in (1, 2)]
 LEARNED = [(False, False), (True, False), (True, True)]  # column scale, row divisor
 Check = tuple[str, dict[str, Choice], Callable[[], float]]
 
@@ -133,9 +132,6 @@ def checks() -> Iterator[Check]:
         for cut, symmetric in itertools.product(TILE_CUTS, (True, False)):
             recipe = (4, None, 128, symmetric)
             yield f"cuda_int4_tile {cut}", {"cuda_int4_tile": cut}, partial(product, *recipe, 139, torch.bfloat16)
-    for cut, learned in itertools.product(ROW_CUTS, LEARNED):
-        both = {"cuda_round_rows": cut, "cuda_row_gradients": cut}
-        yield f"rows {cut} {learned}", both, partial(weight, 1160, None, *learned)
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ def test_doctor_prints_why_kernels_are_not_usable(
         "kernels",
         "instruction sets",
     ]
-    assert "  cuda (few tokens)  qrealign_kernels._C_cuda is not built (no toolkit)" in lines
+    assert "  cuda extension  qrealign_kernels._C_cuda is not built (no toolkit)" in lines
     assert any(line.split()[:2] == ["torch", torch.__version__] for line in lines)
 
 
