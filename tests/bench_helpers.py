@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.safety.command import build_parser, make_plan
 from benchmarks.safety.plan import Plan
 from tests.helpers import tiny_adapter, tiny_checkpoint
@@ -92,10 +94,15 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
+ADAPTER_SEED = 3  # of peft's own draw: this adapter's answers are text, so that some begin a prefill attack
+
+
 def write_models(folder: Path) -> tuple[Path, Path]:
     """Write an aligned model and an adapter; return their folders."""
     aligned = tiny_checkpoint(folder / "aligned", max_position_embeddings=512)
-    return aligned, tiny_adapter(folder / "broken", aligned)
+    with torch.random.fork_rng():
+        torch.manual_seed(ADAPTER_SEED)
+        return aligned, tiny_adapter(folder / "broken", aligned)
 
 
 SHORT = ["--option", "samples=16", "epochs=1", "batch_size=8", "--max-new-tokens", "4"]

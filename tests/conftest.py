@@ -54,9 +54,10 @@ def frozen_modules() -> Iterator[None]:
 def untraced_kernels() -> Iterator[None]:
     """Interpret Triton kernels without the trace function of coverage, under which that takes over twice as long.
 
-    The coverage leaves their bodies out, see pyproject.toml: on a GPU no Python runs them.
+    The coverage leaves their bodies out, see pyproject.toml: on a GPU no Python runs them. A debugger's trace stays.
     """
-    if HAS_GPU or find_spec("triton") is None:
+    coverage = sys.modules.get("coverage")
+    if HAS_GPU or find_spec("triton") is None or coverage is None or coverage.Coverage.current() is None:
         yield
         return
     from triton.runtime.interpreter import GridExecutor

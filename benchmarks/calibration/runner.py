@@ -177,6 +177,11 @@ def full_steps(case: Case, geometry: Geometry, samples: int) -> int:
     return round(epochs * settings.samples / settings.batch_size)
 
 
+def counted_up(seconds: float, steps: int, whole: int, *, once: float) -> float:
+    """Return what `whole` steps take where `steps` took `seconds`, of which `once` do not grow with them."""
+    return once + (seconds - once) * whole / steps
+
+
 def _step_figures(bench: Bench, case: Case, records: Sequence[Record]) -> dict[str, Any]:
     """Return what the row of the optimizer's steps has beyond peaks; the whole run's seconds where it was shortened."""
     first, ceilings = records[0], bench.ceilings
@@ -185,8 +190,12 @@ def _step_figures(bench: Bench, case: Case, records: Sequence[Record]) -> dict[s
     work = count_work(bench.geometry, case.engine, steps=steps, tokens=tokens, positions=positions)
     # Where every step was waited for, the median leaves out the first, which warms up.
     step = statistics.median(first["step_seconds"]) if first["step_seconds"] else seconds / steps
+    full = seconds
+    if _is_short(bench, case):
+        once = 0.0 if first["step_seconds"] else max(record["recording_seconds"] for record in records)
+        full = counted_up(step * steps, steps, full_steps(case, bench.geometry, bench.samples), once=once)
     return {
-        "full_seconds": step * full_steps(case, bench.geometry, bench.samples) if _is_short(bench, case) else seconds,
+        "full_seconds": full,
         "steps": steps,
         "step_ms": 1e3 * step,
         "tokens": tokens,

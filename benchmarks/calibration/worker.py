@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.calibration.spans import Spans, instrument, observe
+from benchmarks.calibration.spans import Spans, find_function, instrument, observe
 from qrealign.files import write_json
 
 PROFILED_KERNELS = 25
@@ -28,13 +28,15 @@ PROFILED_KERNELS = 25
 class Steps:
     """What the optimizer has done: when each step ended (host clock), and how much it was trained on.
 
-    `tokens` are real ones, without padding; `positions` are those at which the output head was read.
+    `tokens` are real ones, without padding; `positions` are those at which the output head was read. `recording` are
+    the seconds in which steps were recorded, which more steps do not add to.
     """
 
     ends: list[float] = field(default_factory=list)
     count: int = 0
     tokens: int = 0
     positions: int = 0
+    recording: float = 0.0
 
     def add_endtoend(self, calibrator: Any, *_: Any) -> None:
         """Count a finished end-to-end calibration: the real tokens of every sample drawn."""
@@ -55,6 +57,17 @@ class Steps:
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
+    def time_recordings(self) -> None:
+        """Have every recording of a step timed, for the rest of the process."""
+        owner, name, function = find_function("qrealign.calibrate.graphs:Recorded.record")
+
+        def wrapper(recorded: Any) -> None:
+            start = time.perf_counter()
+            function(recorded)
+            self.recording += time.perf_counter() - start
+
+        setattr(owner, name, wrapper)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, measure and write the record; return the run's exit status."""
@@ -74,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.eager:
         _call_instead_of_recording()
         observe("qrealign.calibrate.parameters:Trainable.step", steps.add_step)
+    steps.time_recordings()
     instrument(spans)
     with spans.watching():
         status = run(args.flags)
@@ -87,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "steps": steps.count,
             "tokens": steps.tokens,
             "positions": steps.positions,
+            "recording_seconds": steps.recording,
             "step_seconds": [round(b - a, 6) for a, b in zip(steps.ends, steps.ends[1:], strict=False)],
             "kernels": kernels,
         },

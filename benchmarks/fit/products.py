@@ -46,6 +46,7 @@ CASES = (
     _product("int8_gemv", triton_decode._int8_gemv_fwd_kernel, _FLOATS, _TOKEN),
     _product("int4_gemv", triton_decode._int4_gemv_fwd_kernel, _FLOATS, _TOKEN | _GROUPS | {"G": 32}),
     _product("int4_float_gemv", triton_decode._int4_float_gemv_fwd_kernel, _FLOATS, _ROW | _GROUPS | {"G": 32}),
+    _product("int4_fixed_gemv", triton_decode._int4_fixed_gemv_fwd_kernel, _FLOATS, _ROW | _GROUPS | {"G": 32}),
     _product(
         "int8_few",
         triton_few._int8_few_fwd_kernel,

@@ -159,15 +159,11 @@ class Plan:
 
     def calibration(self, task: str) -> dict[str, tuple[str, ...]]:
         """Return the pipeline's options for calibration data and, so that it keeps the two apart, evaluation data."""
-        corpora, ordinary = self.corpora, self.ordinary_file
+        corpora = self.corpora
         questions = corpora.file(f"task_{task}")
         return {
             "safety_data": (corpora.file("calib_clean"),),
-            "benign_data": (
-                corpora.file("calib_clean"),
-                *corpora.more("instruct_alpaca"),
-                *([str(ordinary)] if ordinary.is_file() else []),
-            ),
+            "benign_data": (corpora.file("calib_clean"), *corpora.more("instruct_alpaca")),
             "text_data": corpora.more("text_wikipedia"),
             "borderline_data": (corpora.file("pairs_safety") + _BORDERLINE,),
             "task_data": (f"{questions}?split=train",),
@@ -181,11 +177,6 @@ class Plan:
     def benign_file(self) -> Path:
         """The ordinary prompts drawn for the evaluation."""
         return self.output / "prompts" / "benign.jsonl"
-
-    @property
-    def ordinary_file(self) -> Path:
-        """The ordinary prompts that the evaluation leaves to calibration, where it leaves some."""
-        return self.output / "prompts" / "ordinary.jsonl"
 
     def prefill_file(self, variant: str) -> Path:
         """The prompts of a variant's prefill attack with the beginnings of their answers."""
@@ -208,15 +199,17 @@ class Plan:
         return [Job(kind="prefill", variant=variant.name) for variant in self.variants if self.prefill != "none"]
 
     def measurements(self) -> list[Job]:
-        """Return every reference and cell; plain rounding is among them whether it was asked for or not."""
+        """Return every reference and cell; plain rounding is among them whether it was asked for or not.
+
+        One seed comes after the other, so that a run that is cut off has every method with as many as it got to.
+        """
         models = [name for name in REFERENCES if name != "base" or self.base is not None]
         jobs = [Job(kind="reference", variant=v.name, method=name) for v in self.variants for name in models]
-        for method in dict.fromkeys((BASELINE, *self.methods)):
-            seeds: Sequence[int] = self.seeds[:1] if is_seedless(method) else self.seeds
-            jobs += [
-                Job(kind="cell", variant=variant.name, method=method, scheme=scheme, seed=seed)
-                for variant in self.variants
-                for scheme in self.schemes
-                for seed in seeds
-            ]
-        return jobs
+        return jobs + [
+            Job(kind="cell", variant=variant.name, method=method, scheme=scheme, seed=seed)
+            for seed in self.seeds
+            for method in dict.fromkeys((BASELINE, *self.methods))
+            if seed == self.seeds[0] or not is_seedless(method)
+            for variant in self.variants
+            for scheme in self.schemes
+        ]

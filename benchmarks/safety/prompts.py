@@ -6,7 +6,6 @@ import functools
 import json
 from collections.abc import Sequence
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from benchmarks.safety.corpora import Corpora
@@ -14,37 +13,26 @@ from benchmarks.safety.plan import Limits, Plan
 from qrealign.data.prompts import Label, Prompt, Role, find_overlap, normalise, read_prompts, sample
 from qrealign.errors import DataError
 from qrealign.evaluate.suite import EvaluationData
-from qrealign.files import read_json, remove, sha256_of_text, write_json, write_text
+from qrealign.files import read_json, sha256_of_text, write_json, write_text
 
 SEED = 0  # of every draw here: all cells are asked the same
 LONGEST_BENIGN = 1000  # characters: longer ones do not fit into the context of small models
 
 
 def write_benign(plan: Plan) -> None:
-    """Draw the ordinary prompts of the evaluation, which calibration may not see, and leave it the others.
+    """Draw the ordinary prompts of the evaluation, none of which calibration may see, and write them.
 
     Raises:
         DataError: a file is missing, or no prompt is left.
     """
-    remove(plan.ordinary_file)  # of a run before: what is asked must not depend on it
     location = plan.corpora.file("instruct_dolly")
     short = [prompt for prompt in read_prompts(location, role="benign") if len(prompt.text) <= LONGEST_BENIGN]
     apart = _without(short, _calibration_pool(plan))
     if not apart:
         raise DataError(f"{location} has no short prompt that calibration does not use: give one with more rows")
     drawn = sample(apart, min(len(apart), plan.limits.benign, plan.limits.limit or len(apart)), SEED)
-    _write_prompts(plan.benign_file, drawn)
-    others = sample(apart, len(apart), SEED)[len(drawn) :]
-    asked = [*drawn, *read_prompts(plan.corpora.file("eval_harmful"), role="malicious")]
-    asked += read_prompts(plan.corpora.file("eval_overrefusal"), role="over_refusal")
-    telling = {overlap.training for overlap in find_overlap(others, asked)}
-    if kept := [prompt for prompt in others if prompt.text not in telling]:
-        _write_prompts(plan.ordinary_file, kept)
-
-
-def _write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
-    rows = [{"prompt": prompt.text, "source": prompt.source} for prompt in prompts]
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    rows = [{"prompt": prompt.text, "source": prompt.source} for prompt in drawn]
+    write_text(plan.benign_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _calibration_pool(plan: Plan) -> list[Prompt]:

@@ -62,7 +62,7 @@ void matmul_int4(uintptr_t x, uintptr_t codes, uintptr_t scale, uintptr_t zero_p
 }  // namespace
 
 PYBIND11_MODULE(_C_cuda, module) {
-  module.doc() = "Decode kernels for NVIDIA GPUs; arguments are addresses, sizes and a stream handle.";
+  module.doc() = "Kernels for NVIDIA GPUs; arguments are addresses, sizes and a stream handle.";
   module.def("unusable_reason", &qrealign::unusable_reason);
   module.def("decode_int4", &decode_int4);
   module.def("decode_int8", &decode_int8);

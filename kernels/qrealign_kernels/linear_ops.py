@@ -64,7 +64,8 @@ def packed_linear(
     """Multiply tokens by a packed weight: `x @ dequantize(weight).T + bias`. No gradient.
 
     With `weight.activation_bits` None, floating point tokens meet the dequantized weight and are accumulated in
-    float32; a backend may round the dequantized weight to x's dtype. Else tokens are rounded to symmetric codes
+    float32; a backend may round the dequantized weight to x's dtype, or tokens of 16-bit floating point to 16-bit
+    integers, with a scale for every 16 columns. Else tokens are rounded to symmetric codes
     (`quantize_per_token`) unless they come as codes, the products of codes are summed exactly in int32, and scales and
     bias are applied in float32. Either way the result is rounded once.
 

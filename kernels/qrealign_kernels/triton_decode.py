@@ -1,9 +1,10 @@
 """Triton kernels of packed products for one token: what counts is how fast the weight streams in.
 
 A program takes whole rows, every thread reads 16 bytes of codes at a time straight into registers, and the program's
-loads are all in flight at once. Integers meet in `dp4a`; 4-bit codes that meet a floating point token are planted into
-the mantissa of a float, which costs one instruction a code and no conversion. A token that comes unrounded is rounded
-by every program anew, from the L2 cache: a kernel of its own would take longer.
+loads are all in flight at once. Integers meet in `dp4a`, and so do 4-bit codes and a token of 16-bit floating point, as
+fixed-point numbers of 16 bits. Where groups are too short for that, or the token is float32, 4-bit codes are planted
+into the mantissa of a float, which costs one instruction a code and no conversion. A token that comes unrounded is
+rounded by every program anew, from the L2 cache: a kernel of its own would take longer.
 
 The layout of 4-bit codes is described in `layouts.py`.
 """

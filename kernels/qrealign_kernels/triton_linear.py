@@ -118,7 +118,7 @@ def _dense_product(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Te
     parts = triton.cdiv(rows * columns * x.element_size(), DENSE_BYTES)
     step = triton.cdiv(triton.cdiv(rows, parts), _ROWS) * _ROWS
     for first in range(0, rows, step):
-        part = weight.rows(first, min(first + step, rows))
+        part = weight if step >= rows else weight.rows(first, min(first + step, rows))
         if part.layout == PLANES4:
             dense = _unpack4(part, x.dtype)
         else:
@@ -191,9 +191,9 @@ def _launch_gemv(x: Tensor | QuantizedActivations, weight: PackedWeight, bias: T
     """Multiply one token, rounding it inside the kernel where the weight wants codes."""
     (rows, columns), integer = weight.shape, weight.activation_bits is not None
     tokens, x_scale = (x, x) if isinstance(x, Tensor) else (x.codes, x.scale)
-    name = "int8_gemv" if weight.layout == ROWS8 else "int4_gemv" if integer else "int4_float_gemv"
-    if name == "int4_float_gemv" and _in_fixed_point(tokens, weight):
-        name = "int4_fixed_gemv"
+    fixed = tokens.dtype in _HALVES and _group(weight) % (BLOCK // 2) == 0
+    name = "int4_gemv" if integer else "int4_fixed_gemv" if fixed else "int4_float_gemv"
+    name = "int8_gemv" if weight.layout == ROWS8 else name
     rounded = integer and not isinstance(x, Tensor)
     choice = _choice(name, f"k{triton.next_power_of_2(columns)}{'-codes' if rounded else ''}", out)
     qmin, qmax = code_range(weight.activation_bits or 8)
@@ -215,12 +215,6 @@ def _launch_gemv(x: Tensor | QuantizedActivations, weight: PackedWeight, bias: T
     grid = (triton.cdiv(rows, choice["BLOCK_N"]),)
     kernel[grid](*pointers, out if bias is None else bias, out, rows, **constants, **choice, **overlap(out.device))
     return out
-
-
-def _in_fixed_point(x: Tensor, weight: PackedWeight) -> bool:
-    """Tell whether one token meets 4-bit codes as fixed-point numbers: where that was measured to be faster."""
-    fits = x.dtype in _HALVES and _group(weight) % (BLOCK // 2) == 0
-    return fits and launches.find("int4_fixed_gemv", launches.DEFAULT, x.device) is not None
 
 
 def _launch_int8_few(

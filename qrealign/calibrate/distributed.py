@@ -149,6 +149,8 @@ def joined_team() -> Iterator[Team]:
         dist.init_process_group(backend, timeout=PATIENCE)
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=0))
+        with _explained():
+            dist.all_reduce(torch.zeros(1, device="cuda"))  # connects the GPUs now, not within the first step
     before = signal.signal(signal.SIGTERM, _end)
     try:
         yield Team(rank=dist.get_rank(), size=size)

@@ -108,7 +108,7 @@ class EndToEndCalibrator:
                     {name: f"{value:.3f}" for name, value in self.curve[-1].losses.items() if name != "total"}
                 )
                 guard.mark(step)
-                self._save(step, hand_over)
+                self._save(guard, hand_over)
         return self.curve
 
     def _read(self, unread: Sequence[Losses], first: int) -> int | None:
@@ -155,13 +155,13 @@ class EndToEndCalibrator:
         torch.stack(list(losses.values())).sum().backward()
         return {name: value.detach() for name, value in losses.items()}
 
-    def _save(self, step: int, hand_over: HandOver) -> None:
-        """Save the progress, on a GPU while the next steps are made."""
+    def _save(self, guard: DivergenceGuard, hand_over: HandOver) -> None:
+        """Save what the guard has marked, on a GPU while the next steps are made."""
         if not self.team.leads:
             return
-        tensors = self.trainable.state()
+        tensors = guard.good
         extra = {
-            "step": step,
+            "step": guard.step,
             "rate_factor": self.trainable.rate_factor,
             "curve": [asdict(point) for point in self.curve],
         }

@@ -273,7 +273,8 @@ def method_settings(
     fitting = [key for key in rows if engine in (None, key[1]) and edit in (None, key[2])]
     if not fitting:
         offered = "; ".join(f"--engine {key[1]} --edit {key[2]}" for key in rows)
-        raise ConfigError(f"method {method!r} has no engine {engine!r} with edit {edit!r}: it offers {offered}")
+        asked = " ".join(f"--{flag} {name}" for flag, name in (("engine", engine), ("edit", edit)) if name is not None)
+        raise ConfigError(f"method {method!r} has no {asked}: it offers {offered}")
     given = {name: value for name, value in overrides.items() if value is not None}
     coarse = _COARSE_ACTIVATIONS if activation_bits == 4 else _COARSE_WEIGHTS if weight_bits == 4 else {}
     row = coarse.get(fitting[0], _TABLE[fitting[0]])

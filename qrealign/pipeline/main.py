@@ -69,6 +69,8 @@ def _run(options: RunOptions, say: Callable[[str], None], team: Team) -> RunRepo
 
 def _follow(context: RunContext) -> None:
     """Wait for the stages that the first process does alone, read what they left, and share its calibration."""
+    if context.spec.learns_whole and context.pool.fits(context.finetuned):
+        context.pool.full_precision("finetuned", context.finetuned)  # the student to be, while the teachers answer
     context.team.wait()
     probe = run_probe_stage(context)
     run_repair(context)

@@ -42,6 +42,11 @@ class MethodSpec:
         return self.settings if self.settings.engine == "endtoend" else None
 
     @property
+    def learns_whole(self) -> bool:
+        """Whether the fine-tuned model as it is goes into the end-to-end engine."""
+        return self.repair is None and self.polish is None and self.settings.engine == "endtoend"
+
+    @property
     def rounds_only(self) -> bool:
         """Whether the result is the fine-tuned model rounded to nearest, and nothing else."""
         return self.repair is None and self.polish is None and self.settings.engine == "none"

@@ -133,6 +133,10 @@ class RunOptions:
             seed=self.seed,
         )
         settings = spec.settings
+        if self.steps is not None and settings.engine != "endtoend":
+            raise ConfigError(
+                f"--steps belongs to the end-to-end engine, which {self.method!r} does not use here: leave it out"
+            )
         if self.epochs is not None and self.steps is None and settings.engine == "endtoend":
             steps = max(1, round(self.epochs * settings.samples / settings.batch_size))
             spec = replace(spec, settings=replace(settings, steps=steps))

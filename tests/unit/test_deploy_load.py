@@ -93,6 +93,15 @@ def test_joined_linears_do_not_depend_on_the_order_of_calls(tmp_path: Path) -> N
     assert ours.q_proj.joined._last is None  # and the last call lets go of the result
 
 
+def test_a_token_alone_is_rounded_as_in_company(tmp_path: Path) -> None:
+    _, loaded, _ = deployed(tmp_path, "llama", "w8a8")
+    mlp = loaded.model.layers[0].mlp
+    assert isinstance(mlp, GatedMLP)
+    x = torch.randn(4, 1, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.stack([mlp(token) for token in x]), mlp(x), rtol=1e-6, atol=1e-7)
+
+
 def test_batches_padding_and_static_caches_change_no_answer(tmp_path: Path) -> None:
     _, loaded, _ = deployed(tmp_path, "qwen2", "w4a16")
     input_ids, mask = random_batch(length=10, padding="left")

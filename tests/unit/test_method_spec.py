@@ -60,6 +60,13 @@ def test_stages_combine():
     assert method_spec("rtn").rounds_only and not method_spec("rtn", polish=3).rounds_only
 
 
+def test_what_goes_into_the_engine_of_the_whole_model():
+    assert method_spec("realign").learns_whole and method_spec("aaq").learns_whole
+    assert not any(
+        method_spec(name, **more).learns_whole for name, more in (("rtn", {}), ("paper", {}), ("rtn", {"polish": 3}))
+    )
+
+
 def test_settings_are_given_as_text():
     spec = method_spec(
         "one-shot", polish=3, setting=["repair.steps=4", "repair.learning_rate=1e-4", "polish.edit_rank=3", "samples=9"]
