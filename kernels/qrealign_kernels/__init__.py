@@ -1,7 +1,8 @@
 """Quantization ops of qrealign: each with its definition in PyTorch, Triton kernels for GPUs and C++ for CPUs."""
 
+from qrealign_kernels.attention_ops import decode_attention, prompt_attention
 from qrealign_kernels.backend import BackendUnavailableError, build_info, use_backend
-from qrealign_kernels.block_ops import add_rms_norm, add_rms_norm_quantize, decode_attention, silu_mul
+from qrealign_kernels.block_ops import add_rms_norm, add_rms_norm_quantize, silu_mul
 from qrealign_kernels.calibration_ops import (
     encode_weight,
     reduced_weight_gradient,
@@ -41,6 +42,7 @@ __all__ = [
     "pack_codes",
     "pack_int4",
     "packed_linear",
+    "prompt_attention",
     "quantize_per_token",
     "quantize_weight",
     "reduced_weight_gradient",

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from qrealign_kernels import packing, reference, reference_block, reference_calibration, reference_linear
+from qrealign_kernels import (
+    packing,
+    reference,
+    reference_attention,
+    reference_block,
+    reference_calibration,
+    reference_linear,
+)
 from qrealign_kernels.quantized import PackedWeight
 from qrealign_kernels.reference import GradientSums
 from qrealign_kernels.reference_calibration import WeightGradients
@@ -49,6 +56,7 @@ class Backend:
     add_rms_norm_quantize: Callable[..., tuple[Tensor, Tensor, Tensor]]
     silu_mul: Callable[[Tensor, Tensor], Tensor]
     decode_attention: Callable[..., Tensor]
+    prompt_attention: Callable[..., Tensor]
     keeps_fake: bool
 
 
@@ -77,6 +85,7 @@ REFERENCE = Backend(
     add_rms_norm=reference_block.add_rms_norm_ref,
     add_rms_norm_quantize=reference_block.add_rms_norm_quantize_ref,
     silu_mul=reference_calibration.silu_mul_ref,
-    decode_attention=reference_block.decode_attention_ref,
+    decode_attention=reference_attention.decode_attention_ref,
+    prompt_attention=reference_attention.prompt_attention_ref,
     keeps_fake=True,
 )
