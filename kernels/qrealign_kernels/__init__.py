@@ -2,7 +2,7 @@
 
 from qrealign_kernels.attention_ops import decode_attention, prompt_attention
 from qrealign_kernels.backend import BackendUnavailableError, build_info, use_backend
-from qrealign_kernels.block_ops import add_rms_norm, add_rms_norm_quantize, silu_mul
+from qrealign_kernels.block_ops import add_rms_norm, add_rms_norm_quantize, gather_rows, silu_mul
 from qrealign_kernels.calibration_ops import (
     encode_weight,
     reduced_weight_gradient,
@@ -37,6 +37,7 @@ __all__ = [
     "encode_weight",
     "fake_quant_per_token",
     "fake_quant_weight",
+    "gather_rows",
     "int8_matmul",
     "int8_matmul_dx",
     "pack_codes",

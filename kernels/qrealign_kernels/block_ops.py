@@ -88,6 +88,34 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
         return backend_for(gate).silu_mul(gate, up)
 
 
+def gather_rows(table: Tensor, indices: Tensor) -> Tensor:
+    """Return the rows of a table at some indices, on the device of the indices, as an embedding does.
+
+    The table may lie in the host's pinned memory: a GPU's kernel reads the rows from there, without a copy of the rest
+    and without the host's help, so that it can be recorded.
+
+    Args:
+        table: `[V, H]` floating point, contiguous.
+        indices: `[...]` int64, each in `[0, V)`.
+
+    Returns:
+        `[..., H]` in the table's dtype.
+
+    Raises:
+        ValueError: the table is no contiguous matrix, or lies in memory that the indices' device cannot read.
+        TypeError: the indices are not int64.
+        BackendUnavailableError: the backend chosen by name cannot take these tensors.
+    """
+    if table.dim() != 2 or not table.is_contiguous():
+        raise ValueError(f"table must be a contiguous [V, H], got {tuple(table.shape)}, strides {table.stride()}")
+    if table.device != indices.device and not (indices.is_cuda and table.is_pinned()):
+        raise ValueError(f"table must be pinned or on {indices.device}, got one on {table.device}")
+    if indices.dtype != torch.int64:
+        raise TypeError(f"indices must be int64, got {indices.dtype}")
+    with torch.no_grad():
+        return backend_for(indices).gather_rows(table, indices)
+
+
 def _check_sum(x: Tensor, branch: Tensor | None, weight: Tensor, num_bits: int = 8) -> None:
     check_norm(x, weight, num_bits)
     if branch is not None and (branch.shape != x.shape or branch.dtype != x.dtype):

@@ -55,6 +55,7 @@ class Backend:
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     add_rms_norm_quantize: Callable[..., tuple[Tensor, Tensor, Tensor]]
     silu_mul: Callable[[Tensor, Tensor], Tensor]
+    gather_rows: Callable[[Tensor, Tensor], Tensor]
     decode_attention: Callable[..., Tensor]
     prompt_attention: Callable[..., Tensor]
     keeps_fake: bool
@@ -85,6 +86,7 @@ REFERENCE = Backend(
     add_rms_norm=reference_block.add_rms_norm_ref,
     add_rms_norm_quantize=reference_block.add_rms_norm_quantize_ref,
     silu_mul=reference_calibration.silu_mul_ref,
+    gather_rows=reference_block.gather_rows_ref,
     decode_attention=reference_attention.decode_attention_ref,
     prompt_attention=reference_attention.prompt_attention_ref,
     keeps_fake=True,

@@ -28,3 +28,8 @@ def add_rms_norm_quantize_ref(
 def normed_dtype(x: Tensor, weight: Tensor, offset: float) -> torch.dtype:
     """Return the dtype of `rms_norm_ref`."""
     return torch.promote_types(x.dtype, weight.dtype) if offset == 0.0 else x.dtype
+
+
+def gather_rows_ref(table: Tensor, indices: Tensor) -> Tensor:
+    """Return `table[indices]` on the indices' device; see `block_ops.gather_rows`."""
+    return table[indices.to(table.device)].to(indices.device)

@@ -24,6 +24,7 @@ BACKEND = dataclasses.replace(
     add_rms_norm=triton_block.add_rms_norm,
     add_rms_norm_quantize=triton_block.add_rms_norm_quantize,
     silu_mul=triton_block.silu_mul,
+    gather_rows=triton_block.gather_rows,
     decode_attention=triton_attention.decode_attention,
     prompt_attention=triton_attention.prompt_attention,
     repack_weight=triton_linear.repack_weight,

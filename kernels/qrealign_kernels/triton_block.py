@@ -64,6 +64,17 @@ def _silu_mul_fwd_kernel(
     tl.store(out_ptr + r * C + o_c, convert(round_to(b_y, KIND), out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _gather_rows_fwd_kernel(
+    table_ptr, indices_ptr, out_ptr, C, OVERLAP: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    wait_for_inputs(OVERLAP)
+    r = tl.program_id(0).to(tl.int64)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = tl.load(table_ptr + tl.load(indices_ptr + r) * C + o_c, mask=o_c < C)
+    tl.store(out_ptr + r * C + o_c, row, mask=o_c < C)
+
+
 def add_rms_norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, *, offset: float
 ) -> tuple[Tensor, Tensor]:
@@ -140,5 +151,19 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
                 enable_fp_fusion=FP_FUSION,
                 **overlap(gate.device),
                 **choice,
+            )
+    return out
+
+
+def gather_rows(table: Tensor, indices: Tensor) -> Tensor:
+    """Compute `reference_block.gather_rows_ref`."""
+    columns = table.shape[1]
+    flat = indices.reshape(-1).contiguous()
+    out = torch.empty(*indices.shape, columns, dtype=table.dtype, device=indices.device)
+    if out.numel():
+        choice = launches.choice("gather_rows", launches.DEFAULT, indices.device)
+        with on_device_of(indices):
+            _gather_rows_fwd_kernel[(len(flat), triton.cdiv(columns, choice["BLOCK_C"]))](
+                table, flat, out, columns, **overlap(indices.device), **choice
             )
     return out

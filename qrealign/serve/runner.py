@@ -33,20 +33,29 @@ class Runner:
         model: a causal language model in eval mode, on its device.
         slots: rows.
         max_length: most tokens of a sequence.
+        cache_bits: 8 keeps keys and values as int8 codes, None in the model's dtype.
         cuda_graphs: replay the decode step as a CUDA graph where the model is on a GPU and leaves nothing to the host.
 
     Raises:
         UnsupportedArchitectureError: the model's attention cannot be masked row by row.
     """
 
-    def __init__(self, model: PreTrainedModel, *, slots: int, max_length: int, cuda_graphs: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        slots: int,
+        max_length: int,
+        cache_bits: int | None = None,
+        cuda_graphs: bool = True,
+    ) -> None:
         self.model = model
         self.device = find_device(model)
         self.max_length = max_length
         self.slots = slots
         self.bind_thread()
         config = model.config.get_text_config()
-        self.cache = SlotCache(config.num_hidden_layers, slots, max_length)
+        self.cache = SlotCache(config.num_hidden_layers, slots, max_length, cache_bits)
         self._masks = MaskMaker(config, next(model.parameters()).dtype)
         self._last_only = last_logits_only(model)
         self._pad = max(config.pad_token_id or 0, 0)  # some configurations name -1

@@ -56,3 +56,30 @@ def test_a_branch_of_another_shape_is_refused() -> None:
     x: Tensor = torch.zeros(2, 8)
     with pytest.raises(ValueError, match="branch must be"):
         kernels.add_rms_norm(x, torch.zeros(1, 8), torch.ones(8), EPS)
+
+
+def test_rows_of_a_table_are_gathered(each_backend: str, poisoned_memory: None) -> None:
+    table, indices = torch.randn(7, 1030).bfloat16(), torch.tensor([[3, 0], [6, 3]])
+    assert torch.equal(kernels.gather_rows(table, indices), table[indices])
+    assert kernels.gather_rows(table, indices[:0]).shape == (0, 2, 1030)
+
+
+@pytest.mark.gpu
+def test_rows_are_gathered_from_the_memory_of_the_host(triton_backend: None) -> None:
+    table, indices = torch.randn(7, 1030, device="cpu").pin_memory(), torch.tensor([3, 0, 6], device="cuda")
+    assert torch.equal(kernels.gather_rows(table, indices).cpu(), table[indices.cpu()])
+
+
+@pytest.mark.parametrize(
+    ("table", "indices", "error", "words"),
+    [
+        (torch.zeros(4, 6).t(), torch.zeros(2, dtype=torch.int64), ValueError, "contiguous"),
+        (torch.zeros(4, 6), torch.zeros(2, dtype=torch.int32), TypeError, "int64"),
+        (torch.zeros(4, 6), torch.zeros(2, dtype=torch.int64, device="meta"), ValueError, "pinned"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_refused(
+    table: Tensor, indices: Tensor, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        kernels.gather_rows(table, indices)
