@@ -163,21 +163,22 @@ class Runner:
 
 
 @torch.no_grad()
-def cache_bytes_per_token(model: PreTrainedModel) -> int:
-    """Return the bytes of keys and values that one token takes, found by running one."""
+def cache_bytes_per_token(model: PreTrainedModel, bits: int | None = None) -> int:
+    """Return the bytes of keys and values that one token takes, as codes of `bits` bits or not, found by running one."""
     output = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=find_device(model)), use_cache=True)
     layers = output.past_key_values.layers
-    return sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))
+    found = [states for layer in layers for states in (layer.keys, layer.values)]
+    return sum(states.nbytes if bits is None else states.numel() + 4 * states.shape[1] for states in found)
 
 
-def fitting_slots(model: PreTrainedModel, max_length: int, most: int) -> int:
+def fitting_slots(model: PreTrainedModel, max_length: int, most: int, cache_bits: int | None = None) -> int:
     """Return how many slots of `max_length` tokens fit into the free memory, `most` at most.
 
     Raises:
         DeviceError: not even one does.
     """
     device = find_device(model)
-    one, room = cache_bytes_per_token(model) * (max_length + 1), CACHE_SHARE * free_bytes(device)
+    one, room = cache_bytes_per_token(model, cache_bits) * (max_length + 1), CACHE_SHARE * free_bytes(device)
     if one > room:
         raise DeviceError(
             f"one slot of {max_length} tokens takes {one / 2**30:.1f} GiB, and {device} has {room / 2**30:.1f} GiB for "

@@ -48,6 +48,8 @@ def test_rows_are_kept_once_and_become_figures(tmp_path: Path, measured: measure
     results.store_rows(tmp_path, [packed, replace(packed, batch=8)])
     rows = results.read_rows(tmp_path)
     assert len(rows) == 3
+    results.store_rows(tmp_path, [replace(packed, small=True, prompt_piece=256, step_ms=1.0, peak_bytes=3_000_000_000)])
+    assert len(results.read_rows(tmp_path)) == 4
     document = tmp_path / "deploy.md"
     document.write_text("a\n<!-- decode: begin -->\n<!-- decode: end -->\nb\n")
     text = results.publish(rows, tmp_path, document)
