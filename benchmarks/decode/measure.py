@@ -81,8 +81,9 @@ def load(
     forget(device)
     source, before = random_source(geometry, scheme), allocated(device)
     if isinstance(source, PackedSource):
-        lean = {"head_bits": 8, "embedding_on_host": True} if small else {}
-        model, stored = deploy_model(source, device, torch.bfloat16, **lean), source.packed_bytes
+        head_bits = 8 if small else None
+        model = deploy_model(source, device, torch.bfloat16, head_bits=head_bits, embedding_on_host=small)
+        stored = source.packed_bytes
     else:
         model, stored = source.load_model(device, torch.bfloat16), source.total_bytes
     peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0

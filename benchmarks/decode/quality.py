@@ -49,9 +49,7 @@ class CachedModel(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SimpleNamespace:
         cache = static_cache(self.config, input_ids.shape[1], self._bits)
-        output = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True
-        )
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
         return SimpleNamespace(logits=output.logits)
 
 

@@ -50,7 +50,9 @@ def read_rows(folder: Path) -> list[Cells]:
 def store_rows(folder: Path, rows: Sequence[Row]) -> None:
     """Write rows with where and when they were measured; one replaces the row of the same settings and device."""
     stamp = provenance()
-    new = [{**{name: "" if value is None else str(value) for name, value in asdict(row).items()}, **stamp} for row in rows]
+    new = [
+        {**{name: "" if value is None else str(value) for name, value in asdict(row).items()}, **stamp} for row in rows
+    ]
     kept = {tuple(cells[name] for name in _KEY): cells for cells in [*read_rows(folder), *new]}
     _write(folder / ROWS, [cells for _, cells in sorted(kept.items())])
 
@@ -82,13 +84,27 @@ def publish(rows: Sequence[Cells], folder: Path, document: Path | None = None) -
 
 def decode_table(rows: Sequence[Cells]) -> str:
     """Return a line for each row, with its speed against bf16 under the same settings, and against compiled bf16."""
-    header = ["geometry", "weights", "batch", "step", "tokens read at once", "prefill, tokens/s", "step, ms", "tokens/s", "times bf16"]
+    header = [
+        "geometry",
+        "weights",
+        "batch",
+        "step",
+        "tokens read at once",
+        "prefill, tokens/s",
+        "step, ms",
+        "tokens/s",
+        "times bf16",
+    ]
     header += ["times compiled bf16", "weights, GB", "with cache, GB", "peak, GB", "peak while loading, GB", "commit"]
     lines = []
     for row in rows:
         lines.append(
             [row["geometry"], _name(row), row["batch"], "compiled" if row["compiled"] == "True" else "plain"]
-            + [row["prompt_piece"] or "all", f"{float(row['prefill_tokens_per_s']):,.0f}", f"{float(row['step_ms']):.3f}"]
+            + [
+                row["prompt_piece"] or "all",
+                f"{float(row['prefill_tokens_per_s']):,.0f}",
+                f"{float(row['step_ms']):.3f}",
+            ]
             + [f"{float(row['tokens_per_s']):,.0f}"]
             + [_ratio(rows, row, row["compiled"]), _ratio(rows, row, "True")]
             + [f"{int(row[f'{name}_bytes']) / _GB:.2f}" for name in ("weight", "total", "peak", "loading")]

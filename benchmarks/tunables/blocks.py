@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
-from torch import Tensor
 
 import qrealign_kernels as kernels
 from benchmarks.timing import rotations
@@ -17,7 +17,7 @@ HEAD_SIZE, CELLS, FILLED = 128, 2048, 1100
 # Key -> rows, heads of queries and heads of keys, and whether the cache holds codes.
 _SIZES = {"p8": (1, 32, 8), "p32": (1, 32, 32), "p64": (8, 32, 8), "p256": (8, 32, 32), "p1024": (32, 32, 32)}
 ATTENTION = {
-    f"{key}{suffix}": (*sizes, codes) for key, sizes in _SIZES.items() for suffix, codes in (("", False), ("-codes", True))
+    f"{key}{'-codes' if codes else ''}": (*sizes, codes) for key, sizes in _SIZES.items() for codes in (False, True)
 }
 PROMPTS = {"plain": (False,), "codes": (True,)}
 PIECE = 512  # tokens of a prompt, behind as many
@@ -25,15 +25,23 @@ GATE = {"few": (1, 11008), "default": (1024, 11008)}
 
 
 def attention_candidates(key: str) -> list[Choice]:
-    """Return cuts into 1 to 32 runs by tiles of 32 to 128 cells, fewer runs where rows and heads are many."""
-    return [
+    """Return cuts into 1 to 32 runs by tiles of 16 to 128 cells, fewer runs where rows and heads are many."""
+    pairs = int(key[1:].partition("-")[0])
+    tensor = [
         {"SPLITS": splits, "BLOCK_S": cells, "num_warps": warps, "num_stages": stages}
         for splits, cells, warps, stages in product((1, 2, 4, 8, 16, 32), (32, 64, 128), (2, 4, 8), (2, 3))
-        if 128 <= splits * int(key[1:].partition("-")[0]) <= 1024 and 16 <= cells // warps <= 32
+        if 128 <= splits * pairs <= 1024 and 16 <= cells // warps <= 32
+    ]
+    if _SIZES[key.partition("-")[0]][1] != _SIZES[key.partition("-")[0]][2]:
+        return tensor
+    return tensor + [
+        {"SPLITS": splits, "BLOCK_S": cells, "num_warps": warps, "num_stages": stages, "ALONE": 1}
+        for splits, cells, warps, stages in product((2, 4, 8, 16, 32), (16, 32, 64), (1, 2, 4), (1, 3))
+        if 128 <= splits * pairs <= 1024 and 8 <= cells // warps <= 32
     ]
 
 
-def _buffers(batch: int, groups: int, codes: bool) -> dict[str, Tensor]:
+def _buffers(batch: int, groups: int, codes: bool) -> dict[str, Any]:
     """Return a cache of random keys and values."""
     shape = (batch, groups, CELLS, HEAD_SIZE)
     if not codes:

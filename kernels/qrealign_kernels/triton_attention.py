@@ -27,7 +27,7 @@ from qrealign_kernels.triton_math import (
 from qrealign_kernels.triton_overlap import overlap, wait_for_inputs
 
 MOST_HEADS = 64  # of queries that share a key: their scores with a tile of keys are held at once
-_LEAST_ROWS = 16  # of a tile for the tensor cores; the memory sets the pace, so that empty rows cost nothing
+_LEAST_ROWS = 16  # of a tile for the tensor cores; a query of its own key goes ALONE where a launch table says so
 
 _ROW_BYTES = 256  # of the heads that the launch tables are for: tiles of wider ones hold fewer cells
 _QMIN, _QMAX = (tl.constexpr(float(bound)) for bound in code_range(8))
@@ -70,12 +70,20 @@ def _seen_more(
     b_query, b_keys, b_values, key_scale_ptr, value_scale_ptr, scale_cells, seen, top, total, acc, scaling, m_s,
     CODES: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of cells to what the queries have seen: the highest score, the sum of weights, weighted values."""
+    """Add a tile of cells to what the queries have seen: the highest score, the sum of weights, weighted values.
+
+    Several queries meet the cells in the tensor cores, in their own dtype as in the attention of libraries; a single
+    one in float32.
+    """
     element: tl.constexpr = b_query.dtype
-    if CODES:
+    one: tl.constexpr = b_query.shape[0] == 1
+    if CODES and not one:
         wide: tl.constexpr = tl.float32 if INTERPRETED else element  # it takes integers for the bits of bfloat16
         b_keys, b_values = b_keys.to(wide), b_values.to(wide)
-    scores = _product(b_query, tl.trans(b_keys)) * scaling  # [queries, BLOCK_S]
+    if one:
+        scores = tl.sum(b_query.to(tl.float32) * b_keys.to(tl.float32), axis=1)[None, :] * scaling
+    else:
+        scores = _product(b_query, tl.trans(b_keys)) * scaling  # [queries, BLOCK_S]
     if CODES:
         scores *= tl.load(key_scale_ptr + scale_cells, mask=m_s, other=0.0)[None, :]
     scores = tl.where(seen, scores, float("-inf"))
@@ -86,7 +94,10 @@ def _seen_more(
     total = total * shrink + tl.sum(weights, axis=1)
     if CODES:
         weights *= tl.load(value_scale_ptr + scale_cells, mask=m_s, other=0.0)[None, :]
-    acc = acc * shrink[:, None] + _product(convert(weights, element), b_values)
+    if one:
+        acc = acc * shrink[:, None] + tl.sum(tl.trans(weights) * b_values.to(tl.float32), axis=0)[None, :]
+    else:
+        acc = acc * shrink[:, None] + _product(convert(weights, element), b_values)
     return higher, total, acc
 
 
@@ -110,8 +121,7 @@ def _decode_attention_fwd_kernel(
     """Attend from the query heads of one key head to one of SPLITS runs of its row's cells.
 
     The first run holds the new token too, whose key and value it stores: no program reads what another one writes.
-    Leaves the weighted values, and the maximum and the sum of the weights, in float32. Weights meet the values in the
-    query's dtype, as in the attention of libraries.
+    Leaves the weighted values, and the maximum and the sum of the weights, in float32.
     """
     b = (tl.program_id(0) // HEADS).to(tl.int64)
     h = (tl.program_id(0) % HEADS).to(tl.int64)  # times a stride: long buffers of many heads pass 2**31
@@ -220,9 +230,7 @@ def _store_states_fwd_kernel(
     values = value_ptr + b * stride_vb + t * stride_vt + heads + o_d[None, :]
     b_value = tl.load(values, mask=mask, other=0.0).to(tl.float32)
     keys = row * stride_keysb + wide_h[:, None] * stride_keysh + cell * stride_keyss
-    _stored(
-        b_key, keys_ptr, key_scale_ptr, keys, (row * HEADS + wide_h) * stride_scale + cell, o_d, mask, m_h, CODES
-    )
+    _stored(b_key, keys_ptr, key_scale_ptr, keys, (row * HEADS + wide_h) * stride_scale + cell, o_d, mask, m_h, CODES)
     keys = row * stride_valuesb + wide_h[:, None] * stride_valuesh + cell * stride_valuess
     _stored(
         b_value, values_ptr, value_scale_ptr, keys, (row * HEADS + wide_h) * stride_scale + cell, o_d, mask, m_h, CODES
@@ -315,7 +323,7 @@ def decode_attention(
     codes = "" if key_scale is None else "-codes"
     name = f"p{triton.next_power_of_2(batch * groups)}{codes}"
     choice = _fitting(launches.choice("decode_attention", name, query.device), query)
-    splits = choice["SPLITS"]
+    splits, alone = choice["SPLITS"], choice.pop("ALONE", False) and heads == groups
     part = torch.empty(batch * heads * splits, size, dtype=torch.float32, device=query.device)
     top, total = torch.empty(2, batch * heads * splits, dtype=torch.float32, device=query.device)
     out = torch.empty(batch, heads, size, dtype=query.dtype, device=query.device)
@@ -349,7 +357,7 @@ def decode_attention(
             0 if mask is None else mask.stride(0),
             HEADS=groups,
             GROUP=heads // groups,
-            GROUP_P=max(_LEAST_ROWS, triton.next_power_of_2(heads // groups)),
+            GROUP_P=1 if alone else max(_LEAST_ROWS, triton.next_power_of_2(heads // groups)),
             HAS_MASK=mask is not None,
             CODES=key_scale is not None,
             KIND=FLOAT_KINDS[query.dtype],
@@ -391,7 +399,9 @@ def prompt_attention(
         return out
     query, key, value = (_heads_together(states) for states in (query, key, value))
     cos, sin = (turn if turn.stride(2) == 1 else turn.contiguous() for turn in (cos, sin))
-    choice = _fitting(launches.choice("prompt_attention", "codes" if key_scale is not None else "plain", query.device), query)
+    choice = _fitting(
+        launches.choice("prompt_attention", "codes" if key_scale is not None else "plain", query.device), query
+    )
     scales = _scales(keys, values, key_scale, value_scale)
     turns = (*cos.stride()[:2], *sin.stride()[:2])
     buffers = (*keys.stride()[:3], *values.stride()[:3], keys.shape[2], 0 if cells.dim() == 1 else cells.stride(0))
@@ -441,6 +451,8 @@ def _fitting(choice: launches.Choice, query: Tensor) -> launches.Choice:
     }
 
 
-def _scales(keys: Tensor, values: Tensor, key_scale: Tensor | None, value_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def _scales(
+    keys: Tensor, values: Tensor, key_scale: Tensor | None, value_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Return what kernels get as scales: other pointers, which they do not read, where there are none."""
     return keys if key_scale is None else key_scale, values if value_scale is None else value_scale

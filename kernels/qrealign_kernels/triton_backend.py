@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from qrealign_kernels import triton_activations, triton_attention, triton_block, triton_linear, triton_weight, triton_weight_gradients
+from qrealign_kernels import (
+    triton_activations,
+    triton_attention,
+    triton_block,
+    triton_linear,
+    triton_weight,
+    triton_weight_gradients,
+)
 from qrealign_kernels.interface import REFERENCE
 
 BACKEND = dataclasses.replace(

@@ -39,7 +39,9 @@ def check_cache_bits(bits: int | None) -> None:
         ConfigError: it is another.
     """
     if bits is not None and bits not in CACHE_BITS:
-        raise ConfigError(f"a cache holds codes of 8 bits, or numbers in the model's dtype, but {bits} bits were asked for")
+        raise ConfigError(
+            f"a cache holds codes of 8 bits, or numbers in the model's dtype, but {bits} bits were asked for"
+        )
 
 
 def encode_states(states: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,10 +108,11 @@ def static_cache(config: Any, max_length: int, bits: int | None) -> StaticCache:
     return cache
 
 
-def static_place(layer: StaticLayer) -> CachePlace | None:
-    """Return where a static layer's next tokens go; None where its kind is not known, or nothing is there yet."""
-    if type(layer) not in (StaticLayer, CodedStaticLayer) or not layer.is_initialized:
-        return None
+STATIC_LAYERS = (StaticLayer, CodedStaticLayer)  # whose cells `static_place` knows; not those with a window
+
+
+def static_place(layer: StaticLayer) -> CachePlace:
+    """Return where the next tokens go in one of `STATIC_LAYERS`, whose buffers are there."""
     assert layer.keys is not None and layer.values is not None
     scales = getattr(layer, "key_scale", None), getattr(layer, "value_scale", None)
     return CachePlace(

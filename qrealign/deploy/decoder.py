@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -66,9 +67,7 @@ class StaticDecoder:
         self._positions = torch.zeros_like(self._token_ids)
         self._mask = torch.ones(batch_size, max_length, dtype=torch.int64, device=model.device)
         self._prompt = _Piece(batch_size, self._piece or 0, model.device)
-        self._run: Callable[[], Tensor] = self._forward
-        if compile_step:
-            self._run = torch.compile(self._forward, fullgraph=True, dynamic=False)
+        self._compiled = torch.compile(self._forward, fullgraph=True, dynamic=False) if compile_step else None
         self._recorded: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
         self._recorded_piece: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
         if self.records:
@@ -132,6 +131,7 @@ class StaticDecoder:
         self._prompt.last.fill_(length - 1)
         graph.replay()
         if length < self._prompt.token_ids.shape[1]:
+            layer: Any
             for layer in self.cache.layers:
                 layer.cumulative_length.fill_(start + length)
         return logits
@@ -170,6 +170,9 @@ class StaticDecoder:
         graph.replay()
         return logits
 
+    def _run(self) -> Tensor:
+        return self._forward() if self._compiled is None else self._compiled()
+
     def _forward(self) -> Tensor:
         """Run the model on the token ids, move the positions on, and return `[B, V]` logits."""
         output = self.model(
@@ -186,6 +189,7 @@ class StaticDecoder:
     def record(self) -> None:
         """Record the graphs, with kernels as they are launched now; forgets what the cache holds."""
         self._recorded = self._recorded_piece = None
+        gc.collect()  # a graph of another decoder that is freed while this one is recorded ends the recording
         self._read(self._token_ids, self._positions, self._mask[:, :1])  # makes the cache
         aside = torch.cuda.Stream(self.model.device)
         self._recorded = self._record(self._run, aside, None)

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import StaticLayer
 
 from qrealign.arch import BlockSpec
 from qrealign.deploy.blocks import rms_norm_eps
-from qrealign.deploy.cache import CachePlace, static_place
+from qrealign.deploy.cache import STATIC_LAYERS, CachePlace, static_place
 from qrealign.deploy.decoder import LENGTH_DEPENDENT_ROPE
 from qrealign.deploy.layers import MovedNorm, SummingNorm
 from qrealign.models.placement import replace_module
@@ -40,7 +39,7 @@ def fuse_steps(model: PreTrainedModel, spec: BlockSpec) -> None:
         for name in _NORMS:
             _replace_norm(block, name, spec)
     _replace_norm(model, spec.final_norm, spec)
-    rotary = model.base_model.rotary_emb
+    rotary: Any = model.base_model.rotary_emb
     if rotary.rope_type not in LENGTH_DEPENDENT_ROPE:
         rotary.forward = MethodType(_angles, rotary)
     following = [*(block.input_layernorm for block in blocks[1:]), model.get_submodule(spec.final_norm)]
@@ -74,7 +73,9 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute what the attention's class does."""
-    place = _place(attention.layer_idx, hidden_states, attention_mask, past_key_values)
+    width = attention.k_proj.out_features // attention.head_dim
+    none_yet = hidden_states.new_empty(len(hidden_states), width, 0, attention.head_dim)
+    place = _place(attention.layer_idx, hidden_states, attention_mask, past_key_values, none_yet)
     if place is None:
         found: tuple[Tensor, Tensor | None] = type(attention).forward(
             attention,
@@ -100,36 +101,43 @@ def _attend_to(
     )
     cos, sin = (turn.expand(batch, -1, -1) for turn in turns)
     mask = None if mask is None else mask[:, 0].expand(batch, -1, -1)
-    buffers = (place.keys, place.values)
-    scales = (place.key_scale, place.value_scale)
-    options = {"length": place.length, "scaling": attention.scaling, "advance": place.advance}
+    options: dict[str, Any] = {
+        "key_scale": place.key_scale,
+        "value_scale": place.value_scale,
+        "length": place.length,
+        "scaling": attention.scaling,
+        "advance": place.advance,
+    }
     if tokens > 1 or place.rows is not None:
         return prompt_attention(
-            query, key, value, cos, sin, *buffers, place.cells, mask, *scales, place.rows, **options
+            query, key, value, cos, sin, place.keys, place.values, place.cells, mask, rows=place.rows, **options
         )
     cells = place.cells if place.cells.dim() == 1 else place.cells[:, 0]
     mask = None if mask is None else mask[:, 0]
-    states = (states[:, 0] for states in (query, key, value, cos, sin))
-    return decode_attention(*states, *buffers, cells, mask, *scales, **options)[:, None]
+    query, key, value, cos, sin = (states[:, 0] for states in (query, key, value, cos, sin))
+    return decode_attention(query, key, value, cos, sin, place.keys, place.values, cells, mask, **options)[:, None]
 
 
-def _place(layer: int, hidden_states: Tensor, mask: Tensor | None, cache: Any) -> CachePlace | None:
-    """Return where tokens go, None where the ops do not know the cache or the mask."""
+def _place(layer: int, hidden_states: Tensor, mask: Tensor | None, cache: Any, new: Tensor) -> CachePlace | None:
+    """Return where tokens go, None where the ops do not know the cache or the mask; `new` is as keys are, but empty."""
     if torch.compiler.is_compiling() or cache is None or layer >= len(cache.layers):
         return None
-    place = _place_in(cache.layers[layer])
+    place = _place_in(cache.layers[layer], new)
     if place is None or (place.key_scale is None and place.keys.dtype != hidden_states.dtype):
         return None
     wanted = (1, hidden_states.shape[1], place.length)
     return place if mask is None or (mask.dtype == torch.bool and mask.shape[1:] == wanted) else None
 
 
-def _place_in(layer: Any) -> CachePlace | None:
-    """Return a cache layer's place: Hugging Face's static one and its like know it, or a layer says it by itself."""
-    if hasattr(layer, "cache_place"):
-        found: CachePlace | None = layer.cache_place()
-        return found
-    return static_place(layer) if isinstance(layer, StaticLayer) else None
+def _place_in(layer: Any, new: Tensor) -> CachePlace | None:
+    """Return a cache layer's place: a layer says it by itself, or it is Hugging Face's static one or ours."""
+    known = hasattr(layer, "cache_place") or type(layer) in STATIC_LAYERS
+    if known and not layer.is_initialized:
+        layer.lazy_initialization(new, new)
+    if not known:
+        return None
+    place: CachePlace | None = layer.cache_place() if hasattr(layer, "cache_place") else static_place(layer)
+    return place
 
 
 def _angles(rotary: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

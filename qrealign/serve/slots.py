@@ -85,9 +85,9 @@ class SlotLayer(CacheLayerMixin):
         return found if scale is None else decode_states(found, scale[own, :, : place.length], states.dtype)
 
     def cache_place(self) -> CachePlace | None:
-        """Return where the new tokens go; None where nothing was stored yet."""
+        """Return where the new tokens go; None where no place was named."""
         place = self.place
-        if place is None or not self.is_initialized:
+        if place is None:
             return None
         assert self.keys is not None and self.values is not None
         rows = None if place.first_rows else place.rows

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import qrealign_kernels as kernels
@@ -17,6 +16,7 @@ from qrealign_kernels.reference import quantize_per_token_ref
 from qrealign_kernels.triton_common import interpreting
 
 LENGTH = 45
+TOKENS = 19  # of a prompt, more than a tile
 BUFFERS = ("keys", "values", "key_scale", "value_scale")
 SHAPES = pytest.mark.parametrize(("heads", "groups", "size"), [(4, 4, 32), (4, 2, 32), (6, 2, 40), (5, 1, 16)])
 
@@ -45,16 +45,16 @@ def step_inputs(
     return given | {"mask": None, "length": LENGTH, "scaling": size**-0.5}
 
 
-def prompt_inputs(tokens: int = 19, **sizes: Any) -> dict[str, Any]:
+def prompt_inputs(tokens: int = TOKENS, **sizes: Any) -> dict[str, Any]:
     """Return the tensors of a piece of a prompt, which begins at another cell in each row."""
-    given = step_inputs(**sizes)
+    given = step_inputs(**{"batch": 2, "heads": 2, "groups": 1} | sizes)
     batch, heads, size = given["query"].shape
     groups, dtype = given["key"].shape[1], given["query"].dtype
     states = torch.randn(batch, tokens, heads + 2 * groups, size).to(dtype)
     given |= dict(zip(("query", "key", "value"), states.split([heads, groups, groups], dim=2), strict=True))
     angles = torch.rand(batch, tokens, size // 2) * 6
     given |= {name: turn(angles).repeat(1, 1, 2).to(dtype) for name, turn in (("cos", torch.cos), ("sin", torch.sin))}
-    first = torch.tensor([0, 11, LENGTH - tokens])[:batch]
+    first = torch.tensor([11, LENGTH - tokens])[:batch]
     return given | {"cells": first[:, None] + torch.arange(tokens)}
 
 
@@ -98,7 +98,7 @@ def test_attention_equals_the_definition(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_attention_rounds_where_the_model_rounds(each_backend: str, dtype: torch.dtype) -> None:
-    given = step_inputs(dtype=dtype)
+    given = step_inputs(dtype=dtype, batch=2)
     assert_steps_agree(given, tolerance=1e-2)
     assert_steps_agree(as_codes(given), tolerance=1e-2)
 
@@ -107,6 +107,14 @@ def test_attention_rounds_where_the_model_rounds(each_backend: str, dtype: torch
 def test_attention_does_not_depend_on_how_it_is_cut(each_backend: str, splits: int) -> None:
     with launches.forced("decode_attention", {"SPLITS": splits, "BLOCK_S": 16, "num_warps": 1}):
         assert_steps_agree(step_inputs())
+
+
+def test_a_query_that_shares_no_key_can_go_alone(each_backend: str) -> None:
+    with launches.forced("decode_attention", {"SPLITS": 4, "BLOCK_S": 16, "num_warps": 1, "ALONE": 1}):
+        given = step_inputs(heads=2, groups=2, size=40) | {"mask": torch.rand(3, LENGTH) < 0.5}
+        assert_steps_agree(given)
+        assert_steps_agree(as_codes(given))
+        assert_steps_agree(step_inputs())  # these share one
 
 
 def test_rows_can_share_a_cell_that_moves_on(each_backend: str) -> None:
@@ -161,15 +169,13 @@ def test_what_attention_cannot_take_is_refused(change: dict[str, Any], error: ty
         kernels.decode_attention(**step_inputs() | change)
 
 
-
-
-@SHAPES
+@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 32), (3, 1, 40)])
 def test_prompts_attend_as_defined(
     each_backend: str, poisoned_memory: None, heads: int, groups: int, size: int
 ) -> None:
     given = prompt_inputs(heads=heads, groups=groups, size=size)
     assert_agrees("prompt_attention", given)
-    mask = torch.rand(3, 19, LENGTH) < 0.5
+    mask = torch.rand(2, TOKENS, LENGTH) < 0.5
     mask[1, 3:5] = False  # padding sees nothing
     assert_agrees("prompt_attention", as_codes(given) | {"mask": mask})
 
@@ -177,15 +183,14 @@ def test_prompts_attend_as_defined(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_prompts_are_rounded_where_the_model_rounds(each_backend: str, dtype: torch.dtype) -> None:
     given = prompt_inputs(dtype=dtype)
-    assert_agrees("prompt_attention", given, tolerance=1e-2)
-    assert_agrees("prompt_attention", as_codes(given), tolerance=1e-2)
+    assert_agrees("prompt_attention", as_codes(given) if dtype == torch.bfloat16 else given, tolerance=1e-2)
 
 
 def test_prompts_go_to_any_rows_and_cells(each_backend: str) -> None:
     """Padding on the left is written to a spare cell behind all that are read, as a server's slots have it."""
     given = prompt_inputs()
     given["cells"][0, :4] = LENGTH + 3
-    ours, theirs = (copied(as_codes(given) | {"rows": torch.tensor([2, 0, 3])}) for _ in range(2))
+    ours, theirs = (copied(as_codes(given) | {"rows": torch.tensor([2, 0])}) for _ in range(2))
     found = kernels.prompt_attention(**ours)
     expected = reference_attention.prompt_attention_ref(**theirs, advance=False)
     torch.testing.assert_close(found[0, 4:], expected[0, 4:], rtol=1e-5, atol=1e-5)
@@ -196,8 +201,9 @@ def test_prompts_go_to_any_rows_and_cells(each_backend: str) -> None:
 
 def test_rows_of_a_prompt_can_share_a_first_cell_that_moves_on(each_backend: str) -> None:
     given = prompt_inputs() | {"cells": torch.tensor([9])}
-    given |= {name: given[name][:1].expand(3, -1, -1) for name in ("cos", "sin")}
-    assert_agrees("prompt_attention", given | {"mask": (torch.rand(1, 19, LENGTH) < 0.8).expand(3, -1, -1)}, advance=True)
+    given |= {name: given[name][:1].expand(2, -1, -1) for name in ("cos", "sin")}
+    mask = (torch.rand(1, TOKENS, LENGTH) < 0.8).expand(2, -1, -1)
+    assert_agrees("prompt_attention", given | {"mask": mask}, advance=True)
 
 
 def test_steps_and_pieces_of_a_prompt_see_what_the_whole_prompt_sees(each_backend: str) -> None:
@@ -219,12 +225,12 @@ def test_steps_and_pieces_of_a_prompt_see_what_the_whole_prompt_sees(each_backen
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"query": torch.zeros(3, 4, 32)}, ValueError, "T, heads, D"),
+        ({"query": torch.zeros(2, 2, 32)}, ValueError, "T, heads, D"),
         ({"cells": torch.zeros(3, dtype=torch.int64)}, ValueError, "cells must be"),
         ({"advance": True}, ValueError, "to advance"),
-        ({"rows": torch.zeros(2, dtype=torch.int64)}, ValueError, "rows must be"),
-        ({"mask": torch.ones(3, LENGTH, dtype=torch.bool)}, ValueError, "mask must be bool"),
-        ({"key_scale": torch.zeros(4, 2, LENGTH + 4)}, TypeError, "with scales"),
+        ({"rows": torch.zeros(3, dtype=torch.int64)}, ValueError, "rows must be"),
+        ({"mask": torch.ones(2, LENGTH, dtype=torch.bool)}, ValueError, "mask must be bool"),
+        ({"key_scale": torch.zeros(3, 1, LENGTH + 4)}, TypeError, "with scales"),
     ],
 )
 def test_what_a_prompt_cannot_take_is_refused(change: dict[str, Any], error: type[Exception], words: str) -> None:

@@ -107,7 +107,6 @@ def test_pieces_of_prompts_give_the_logits_of_the_class(bits: int | None, prompt
     found = []
     for one in (model, fused):
         decoder = StaticDecoder(one, batch_size=3, max_length=24, cache_bits=bits, prompt_piece=4)
-        decoder.prefill(input_ids, mask)  # makes the cache, in the way of the class
         prompts.clear()
         found.append(decoder.prefill(input_ids, mask))
     assert (found[1] - found[0]).norm() < (1e-4 if bits is None else 1e-2) * found[0].norm()  # a code may differ
@@ -124,7 +123,7 @@ def test_prompts_in_slots_give_the_logits_of_the_class(bits: int | None, prompts
         later = runner.prefill([3, 1], [list(range(4)), list(range(9))], [0, 21])
         found.append(torch.cat((later, runner.decode([5, 6, 7], [3, 30, 12]))))
     assert (found[1] - found[0]).norm() < (1e-4 if bits is None else 1e-2) * found[0].norm()  # a code may differ
-    assert set(prompts) == {(2, 9)}
+    assert set(prompts) == {(3, 21), (2, 9)}
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a16", "w4a8"])
