@@ -1,7 +1,7 @@
 """Pure-PyTorch definitions of attention over a cache of fixed size, in 16 bits or as int8 codes.
 
-Every step is rounded to the tensors' dtype where Hugging Face's blocks round it; sums are in float32. New keys and values
-are stored first and read back from the cache, so that what a token sees does not depend on how a prompt was cut.
+Every step is rounded to the tensors' dtype where Hugging Face's blocks round it; sums are in float32. New keys and
+values are stored first and read back from the cache, so that what a token sees does not depend on how a prompt was cut.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ CACHE_BITS = (8,)  # of codes; a cache in the model's dtype is called None
 class CachePlace(NamedTuple):
     """Where the new tokens of a layer's cache go, and what they may read; as `prompt_attention` takes it.
 
-    keys, values: `[rows, heads, cells, head size]`, with key_scale and value_scale `[rows, heads, cells]` where they hold
-    codes. cells: `[B, T]`, or `[1]` for the first token of all rows. rows: `[B]`, or None for the first ones. length:
-    cells that may be read. advance: whether the layer counts its tokens in `cells` itself.
+    keys, values: `[rows, heads, cells, head size]`, with key_scale and value_scale `[rows, heads, cells]` where they
+    hold codes. cells: `[B, T]`, or `[1]` for the first token of all rows. rows: `[B]`, or None for the first ones.
+    length: cells that may be read. advance: whether the layer counts its tokens in `cells` itself.
     """
 
     keys: Tensor

@@ -217,7 +217,8 @@ class StaticDecoder:
 class _Piece:
     """The tensors that a recorded piece of `tokens` tokens reads.
 
-    token_ids, positions: `[B, tokens]`. start: `[1]`, the cell of the first one. last: `[1]`, the last that is no filling.
+    token_ids, positions: `[B, tokens]`. start: `[1]`, the cell of the first one. last: `[1]`, the last that is no
+    filling.
     """
 
     def __init__(self, batch_size: int, tokens: int, device: torch.device) -> None:

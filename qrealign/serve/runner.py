@@ -164,7 +164,7 @@ class Runner:
 
 @torch.no_grad()
 def cache_bytes_per_token(model: PreTrainedModel, bits: int | None = None) -> int:
-    """Return the bytes of keys and values that one token takes, as codes of `bits` bits or not, found by running one."""
+    """Return the bytes of keys and values that one token takes, as codes of `bits` bits or not; it runs one."""
     output = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=find_device(model)), use_cache=True)
     layers = output.past_key_values.layers
     found = [states for layer in layers for states in (layer.keys, layer.values)]
