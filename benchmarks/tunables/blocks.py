@@ -28,7 +28,7 @@ def attention_candidates(key: str) -> list[Choice]:
     """Return cuts into 1 to 32 runs by tiles of 16 to 128 cells, fewer runs where rows and heads are many."""
     pairs = int(key[1:].partition("-")[0])
     tensor = [
-        {"SPLITS": splits, "BLOCK_S": cells, "num_warps": warps, "num_stages": stages}
+        {"SPLITS": splits, "BLOCK_S": cells, "num_warps": warps, "num_stages": stages, "ALONE": 0}
         for splits, cells, warps, stages in product((1, 2, 4, 8, 16, 32), (32, 64, 128), (2, 4, 8), (2, 3))
         if 128 <= splits * pairs <= 1024 and 16 <= cells // warps <= 32
     ]

@@ -323,7 +323,7 @@ def decode_attention(
     codes = "" if key_scale is None else "-codes"
     name = f"p{triton.next_power_of_2(batch * groups)}{codes}"
     choice = _fitting(launches.choice("decode_attention", name, query.device), query)
-    splits, alone = choice["SPLITS"], choice.pop("ALONE", False) and heads == groups
+    splits, alone = choice["SPLITS"], choice.pop("ALONE") == 1 and heads == groups
     part = torch.empty(batch * heads * splits, size, dtype=torch.float32, device=query.device)
     top, total = torch.empty(2, batch * heads * splits, dtype=torch.float32, device=query.device)
     out = torch.empty(batch, heads, size, dtype=query.dtype, device=query.device)

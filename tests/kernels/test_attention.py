@@ -26,7 +26,9 @@ def few_programs() -> Iterator[None]:
     """Cut attention into few runs where Triton's interpreter walks through them one after the other."""
     with ExitStack() as stack:
         if interpreting():
-            stack.enter_context(launches.forced("decode_attention", {"SPLITS": 2, "BLOCK_S": 16, "num_warps": 1}))
+            stack.enter_context(
+                launches.forced("decode_attention", {"SPLITS": 2, "BLOCK_S": 16, "num_warps": 1, "ALONE": 0})
+            )
             stack.enter_context(launches.forced("prompt_attention", {"BLOCK_T": 16, "BLOCK_S": 16, "num_warps": 1}))
         yield
 
@@ -105,7 +107,7 @@ def test_attention_rounds_where_the_model_rounds(each_backend: str, dtype: torch
 
 @pytest.mark.parametrize("splits", [1, 8])
 def test_attention_does_not_depend_on_how_it_is_cut(each_backend: str, splits: int) -> None:
-    with launches.forced("decode_attention", {"SPLITS": splits, "BLOCK_S": 16, "num_warps": 1}):
+    with launches.forced("decode_attention", {"SPLITS": splits, "BLOCK_S": 16, "num_warps": 1, "ALONE": 0}):
         assert_steps_agree(step_inputs())
 
 
