@@ -37,7 +37,7 @@ def attention_candidates(key: str) -> list[Choice]:
     return tensor + [
         {"SPLITS": splits, "BLOCK_S": cells, "num_warps": warps, "num_stages": stages, "ALONE": 1}
         for splits, cells, warps, stages in product((2, 4, 8, 16, 32), (16, 32, 64), (1, 2, 4), (1, 3))
-        if 128 <= splits * pairs <= 1024 and 8 <= cells // warps <= 32
+        if 128 <= splits * pairs <= 1024 and 16 <= cells // warps <= 32
     ]
 
 
