@@ -82,7 +82,7 @@ class StaticDecoder:
             attention_mask: `[B, T]`, 0 where a token is padding; None where none is.
 
         Returns:
-            `[B, V]` in the model's dtype; the next prefill may overwrite it.
+            `[B, V]` in the model's dtype; the next prefill or step may overwrite it.
 
         Raises:
             ValueError: B is not `batch_size`, or T leaves no room for an answer.
@@ -161,7 +161,7 @@ class StaticDecoder:
             token_ids: `[B]` int64, on the model's device or not.
 
         Returns:
-            `[B, V]` in the model's dtype; the next step may overwrite it.
+            `[B, V]` in the model's dtype; the next prefill or step may overwrite it.
         """
         self._token_ids.copy_(token_ids[:, None])
         if self._recorded is None:
