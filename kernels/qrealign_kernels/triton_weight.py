@@ -9,6 +9,7 @@ would leave much of their tile idle.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -372,54 +373,42 @@ def _launch_forward(
         "SYMMETRIC": symmetric,
         "SCALE_KIND": FLOAT_KINDS[scale_dtype],
         "MIN_SCALE": MIN_SCALE,
+        "KEEP_EXTREMES": extremes is not None,
         "enable_fp_fusion": FP_FUSION,
     }
-    inputs = [
-        weight,
-        *(weight if part is None else part for part in (low, high, column_scale, row_divisor)),
-    ]
-    outputs = [out, out if scale is None else scale, out if zero_point is None else zero_point]
-    groups = columns // width
+    read = (weight if part is None else part for part in (low, high, column_scale, row_divisor, left, right))
+    written = (out if part is None else part for part in (scale, zero_point, extremes))
+    arguments = (weight, *read, out, *written, rows, columns, width, columns // width)
+    rank = 0 if left is None else left.shape[1]
     with on_device_of(weight):
-        rank = 0 if left is None else left.shape[1]
         if rank <= SMALL_RANK and width <= LARGEST_WIDTH and not is_ragged(width):
-            tile = row_tile("fake_quant_edited_fwd", width, weight.device)
-            full = is_full(rows, width, tile)
-            grid = (groups, triton.cdiv(rows, tile["BLOCK_N"]))
-            sizes = (rows, columns, width, groups)
-            _fake_quant_edited_fwd_kernel[grid](
-                *inputs,
-                weight if left is None else left,
-                weight if right is None else right,
-                *outputs,
-                out if extremes is None else extremes,
-                *sizes,
-                KEEP_EXTREMES=extremes is not None,
-                FULL=full,
-                RANK=rank,
-                **constants,
-                **tile,
-            )
-            return
-        tile = _edited_tile_launch(rank, width, weight.device)
-        _fake_quant_edited_steps_fwd_kernel[(groups, triton.cdiv(rows, tile["BLOCK_N"]))](
-            *inputs,
-            weight if left is None else left,
-            weight if right is None else right,
-            *outputs,
-            out if extremes is None else extremes,
-            rows,
-            columns,
-            width,
-            groups,
-            max(1, rank),
-            HAS_EDIT=left is not None,
-            KEEP_EXTREMES=extremes is not None,
-            FULL=width % tile["BLOCK_C"] == 0 and rows % tile["BLOCK_N"] == 0,
-            ONE_STEP=width <= tile["BLOCK_C"],
-            **constants,
-            **tile,
-        )
+            _launch_whole_groups(arguments, rank, constants)
+        else:
+            _launch_steps(arguments, rank, constants)
+
+
+def _launch_whole_groups(arguments: Sequence[Any], rank: int, constants: dict[str, Any]) -> None:
+    """Launch the kernel whose tiles hold whole groups."""
+    rows, _, width, groups = arguments[-4:]
+    tile = row_tile("fake_quant_edited_fwd", width, arguments[0].device)
+    _fake_quant_edited_fwd_kernel[(groups, triton.cdiv(rows, tile["BLOCK_N"]))](
+        *arguments, RANK=rank, FULL=is_full(rows, width, tile), **constants, **tile
+    )
+
+
+def _launch_steps(arguments: Sequence[Any], rank: int, constants: dict[str, Any]) -> None:
+    """Launch the kernel that walks along groups in steps; rank 0: no edit."""
+    rows, _, width, groups = arguments[-4:]
+    tile = _edited_tile_launch(rank, width, arguments[0].device)
+    _fake_quant_edited_steps_fwd_kernel[(groups, triton.cdiv(rows, tile["BLOCK_N"]))](
+        *arguments,
+        max(1, rank),
+        HAS_EDIT=rank > 0,
+        FULL=width % tile["BLOCK_C"] == 0 and rows % tile["BLOCK_N"] == 0,
+        ONE_STEP=width <= tile["BLOCK_C"],
+        **constants,
+        **tile,
+    )
 
 
 def share_source(logit: Tensor | None) -> Tensor | None:
