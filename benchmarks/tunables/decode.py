@@ -10,7 +10,12 @@ from qrealign_kernels.launches import Choice
 
 SHARED_BYTES = 220 * 2**10  # of a block on a GPU for servers; smaller ones take what fits them, and the default table
 ROW_BYTES = 144  # of a unit of a row in shared memory: kUnitStride in csrc/cuda/device.cuh
-KEYS = {f"m{tokens}": (tokens,) for tokens in (1, 2, 4, 8, 16)}
+KEYS = {
+    f"m{tokens}{suffix}": (tokens, *shapes)
+    for tokens in (2, 4, 8, 16)
+    for suffix, shapes in (("", (NARROW, LONG)), ("-wide", (WIDE,)))
+}
+HELD_KEYS = {key: shapes if key.endswith("-wide") else shapes[:2] for key, shapes in KEYS.items()}  # but LONG
 TILE_KEYS = {
     f"m{tokens}{suffix}": (tokens, *shapes)
     for tokens in (64, 128, 256, 512, 1024, 2048, 4096)
@@ -34,19 +39,14 @@ def candidates(stages: tuple[int, ...]) -> list[Choice]:
     ]
 
 
-def int4_calls(tokens: int) -> Calls:
-    """Return calls of 4-bit weights and floating point tokens."""
-    return product_calls(4, None, tokens)
-
-
-def tile_calls(tokens: int, *shapes: tuple[int, int]) -> Calls:
-    """Return calls of 4-bit weights of some shapes and more floating point tokens."""
+def int4_calls(tokens: int, *shapes: tuple[int, int]) -> Calls:
+    """Return calls of 4-bit weights of some shapes and floating point tokens."""
     return product_calls(4, None, tokens, *shapes)
 
 
-def int8_calls(tokens: int) -> Calls:
-    """Return calls of 8-bit weights and tokens, which are codes already unless it is a single one."""
-    return product_calls(8, 8, tokens)
+def int8_calls(tokens: int, *shapes: tuple[int, int]) -> Calls:
+    """Return calls of 8-bit weights of some shapes and tokens, which are codes already unless it is a single one."""
+    return product_calls(8, 8, tokens, *shapes)
 
 
 TUNABLES = (
@@ -58,11 +58,18 @@ TUNABLES = (
         optional=True,
     ),
     Tunable(
+        name="cuda_int4_held",
+        keys=HELD_KEYS,
+        candidates=lambda key: [{"WARPS": 16, "ROW_TILES": 0, "STAGES": stages} for stages in (3, 5)],
+        make_calls=int4_calls,
+        optional=True,
+    ),
+    Tunable(
         name="cuda_int8",
         keys=KEYS,
         candidates=lambda key: candidates((2, 4)),
         make_calls=int8_calls,
         optional=True,
     ),
-    Tunable(name="cuda_int4_tile", keys=TILE_KEYS, candidates=tile_candidates, make_calls=tile_calls, optional=True),
+    Tunable(name="cuda_int4_tile", keys=TILE_KEYS, candidates=tile_candidates, make_calls=int4_calls, optional=True),
 )

@@ -136,6 +136,13 @@ inline int shared_bytes(int warps, int rows, int stages, int tokens) {
   return warps * (streams > sums ? streams : sums);
 }
 
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 // How a kernel is laid out on the GPU; `overlap` permits it to start before the kernel ahead in the stream has ended.
 struct Layout {
   dim3 blocks;

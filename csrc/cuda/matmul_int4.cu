@@ -270,13 +270,6 @@ EncodeTiled find_encoder() {
   return code == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(found) : nullptr;
 }
 
-int multiprocessors() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 template <int kTokens, bool kSharedRows, int kCluster>
 int launch(const void* x, const void* codes, const void* scale, const int8_t* zero_point, const void* bias, void* out,
            TileShape shape, void* stream) {

@@ -1,8 +1,9 @@
 """Packed linear products for a few tokens by the CUDA extension, where its launch table says that it beats Triton.
 
 It reads the layouts of `layouts.py`, so a weight that was repacked for the Triton kernels serves both. Keys of the
-launch tables `cuda_int4` and `cuda_int8` are the number of tokens rounded up to a power of two, "m1" to "m16"; a choice
-gives WARPS, ROW_TILES and STAGES of csrc/cuda/decode.h. A GPU class without an entry, a machine without the extension,
+launch tables `cuda_int4` and `cuda_int8` are the number of tokens rounded up to a power of two, "m1" to "m16", and
+"-wide" behind it for weights of many rows; a choice gives WARPS, ROW_TILES and STAGES of csrc/cuda/decode.h. Where rows
+have at most HELD_COLUMNS, `cuda_int4_held` (ROW_TILES 0) is asked before `cuda_int4`. A GPU class without an entry, a machine without the extension,
 and what the kernels do not do, go to Triton.
 """
 
@@ -30,6 +31,7 @@ def _load() -> tuple[Any, str | None]:
 _C, _NOT_LOADED = _load()
 
 MAX_TOKENS = 16
+HELD_COLUMNS = 4096  # up to here a block's warps hold the tokens in registers, and the kernel may walk over rows
 FUSED_TOKENS = 2  # up to here every block rounds the tokens for itself; beyond, one launch more does it once
 _COLUMNS = 16  # K is a multiple of this: rows of x are read 16 bytes at a time
 _GROUP = 128  # groups are multiples of this
@@ -121,7 +123,9 @@ def _launch_for(
         kernel = "cuda_int4"
     else:
         return None
-    return launches.find(kernel, f"m{1 << (tokens - 1).bit_length()}", out.device)
+    key = launches.by_width(f"m{1 << (tokens - 1).bit_length()}", out.shape[1])
+    held = launches.find("cuda_int4_held", key, out.device) if weight.shape[1] <= HELD_COLUMNS else None
+    return held if kernel == "cuda_int4" and held is not None else launches.find(kernel, key, out.device)
 
 
 def _on_gpu(tensor: Tensor) -> bool:

@@ -26,6 +26,7 @@ from qrealign_kernels import reference_calibration as definitions
 from qrealign_kernels.launches import Choice
 from qrealign_kernels.reference_calibration import WeightTransform
 
+MANY_ROWS = 12900  # more tiles than the blocks of a launch keep in flight
 ROWS, COLUMNS = 77, 384  # no multiple of any tile; three groups of 128, one block and a half of 4-bit codes
 RECIPES = [  # bits, bits of activations, group size, symmetric
     (8, 8, None, True),
@@ -45,20 +46,26 @@ TILE_CUTS = [
 LEARNED = [(False, False, 0), (True, False, 0), (True, True, 0), (True, True, 2), (False, False, 16)]
 IN_PRODUCT = {"product_gradients_bwd": {"BLOCK_M": 64, "BLOCK_N": 64, "AHEAD": 3, "num_warps": 8, "TOKENS": 64}}
 EPS = 1e-5
-Check = tuple[str, dict[str, Choice], Callable[[], float]]
+Check = tuple[str, dict[str, Choice | None], Callable[[], float]]
 
 
 def product(
-    bits: int, activation_bits: int | None, group: int | None, symmetric: bool, tokens: int, out: torch.dtype
+    bits: int,
+    activation_bits: int | None,
+    group: int | None,
+    symmetric: bool,
+    tokens: int,
+    out: torch.dtype,
+    rows: int = ROWS,
 ) -> float:
     """Return the relative error of one product against its definition."""
     low, high = -(1 << (bits - 1)), 1 << (bits - 1)
     groups = COLUMNS // (group or COLUMNS)
-    codes = torch.randint(low, high, (ROWS, COLUMNS), dtype=torch.int8)
-    scale = (torch.rand(ROWS, groups) * 0.01 + 0.001).bfloat16().float()
+    codes = torch.randint(low, high, (rows, COLUMNS), dtype=torch.int8)
+    scale = (torch.rand(rows, groups) * 0.01 + 0.001).bfloat16().float()
     zero_point = None if symmetric else torch.randint(low, high, scale.shape, dtype=torch.int8)
     x = torch.randn(tokens, COLUMNS, dtype=torch.bfloat16)
-    bias = torch.randn(ROWS, dtype=torch.bfloat16)
+    bias = torch.randn(rows, dtype=torch.bfloat16)
     kind = {"num_bits": bits, "activation_bits": activation_bits}
     packed = kernels.repack_weight(codes, scale, zero_point, **kind)
     plain = reference_linear.repack_weight_ref(codes, scale, zero_point, **kind)
@@ -198,7 +205,7 @@ def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
 
 def checks() -> Iterator[Check]:
     """Yield what to run: a name, the launches to force, and the check."""
-    many: list[dict[str, Choice]] = [{}, MANY]
+    many: list[dict[str, Choice | None]] = [{}, {**MANY}]
     for forced, recipe, tokens in itertools.product(many, RECIPES, TOKENS):
         yield f"{recipe} {tokens} tokens, {list(forced)}", forced, partial(product, *recipe, tokens, torch.float32)
     for tokens in TOKENS:
@@ -222,7 +229,12 @@ def checks() -> Iterator[Check]:
             ("cuda_int4", RECIPES[2]),
             ("cuda_int4", (4, None, 128, False)),
         ):
-            yield f"{table} {cut} {tokens} tokens", {table: cut}, partial(product, *recipe, tokens, torch.bfloat16)
+            forced = {table: cut, "cuda_int4_held": None}
+            yield f"{table} {cut} {tokens} tokens", forced, partial(product, *recipe, tokens, torch.bfloat16)
+    for (tokens, symmetric), stages in itertools.product(((1, True), (9, True), (16, False)), (3, 5)):
+        held = {"cuda_int4_held": {"WARPS": 16, "ROW_TILES": 0, "STAGES": stages}}
+        check = partial(product, 4, None, 128, symmetric, tokens, torch.bfloat16, MANY_ROWS)
+        yield f"cuda_int4_held {stages} {tokens} tokens", held, check
     if torch.cuda.get_device_capability()[0] == 9:
         for cut, symmetric in itertools.product(TILE_CUTS, (True, False)):
             recipe = (4, None, 128, symmetric)

@@ -127,8 +127,10 @@ class TestOnGpu:
         (8, 130, 384, 3),
         (13, 77, 1072, 1),
         (16, 33, 512, 4),
+        (11, 12901, 640, 5),  # more tiles of rows than the blocks of a launch keep in flight
     )
     LAUNCHES = ((8, 1, 2), (4, 1, 2), (8, 2, 2), (16, 1, 2))
+    HELD = ((16, 0, 3), (16, 0, 5))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("asymmetric", [False, True])
@@ -143,8 +145,12 @@ class TestOnGpu:
             weight = kernels.repack_weight(codes, scale, points, num_bits=4, activation_bits=None)
         plain = reference_linear.repack_weight_ref(codes, scale, points, num_bits=4, activation_bits=None)
         expected = reference_linear.packed_linear_ref(x.double(), plain, bias, torch.float64)
-        for cut in self.LAUNCHES:
-            with launches.forced("cuda_int4", dict(zip(LAUNCH, cut, strict=True))):
+        for table, cut in (
+            *(("cuda_int4", cut) for cut in self.LAUNCHES),
+            *(("cuda_int4_held", cut) for cut in self.HELD),
+        ):
+            launch = dict(zip(LAUNCH, cut, strict=True))
+            with launches.forced("cuda_int4_held", None), launches.forced(table, launch):
                 out = cuda.packed_linear(x, weight, bias, torch.full((tokens, rows), float("nan")).to(x))
             assert out is not None
             assert (out - expected).norm() / expected.norm() < torch.finfo(dtype).eps, cut
