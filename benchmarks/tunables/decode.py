@@ -39,6 +39,11 @@ def candidates(stages: tuple[int, ...]) -> list[Choice]:
     ]
 
 
+def held_candidates(key: str) -> list[Choice]:
+    """Return the cuts whose warps hold the tokens."""
+    return [{"WARPS": 16, "ROW_TILES": 0, "STAGES": stages} for stages in (3, 5)]
+
+
 def int4_calls(tokens: int, *shapes: tuple[int, int]) -> Calls:
     """Return calls of 4-bit weights of some shapes and floating point tokens."""
     return product_calls(4, None, tokens, *shapes)
@@ -60,8 +65,15 @@ TUNABLES = (
     Tunable(
         name="cuda_int4_held",
         keys=HELD_KEYS,
-        candidates=lambda key: [{"WARPS": 16, "ROW_TILES": 0, "STAGES": stages} for stages in (3, 5)],
+        candidates=held_candidates,
         make_calls=int4_calls,
+        optional=True,
+    ),
+    Tunable(
+        name="cuda_int8_held",
+        keys=KEYS,
+        candidates=held_candidates,
+        make_calls=int8_calls,
         optional=True,
     ),
     Tunable(

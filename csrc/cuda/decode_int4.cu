@@ -13,7 +13,6 @@ namespace qrealign {
 namespace {
 
 constexpr int kPlane = 32;  // columns that the same nibble of 32 words holds; see layouts.py
-constexpr int kPitch = 20;  // floats between tokens of a warp's sums in shared memory: a warp's meet all banks once
 
 template <typename T>
 struct Magic;
@@ -297,9 +296,8 @@ int launch_held(const void* x, const void* codes, Element scale_element, const v
                            : (symmetric ? decode_int4_held_kernel<T, 1, kStages, true> : decode_int4_held_kernel<T, 1, kStages, false>);
   const int units = (shape.row_bytes + kUnitBytes - 1) / kUnitBytes, tiles = (shape.rows + kTileRows - 1) / kTileRows;
   if (units > kMaxWarps) return -1;
-  const int sums = 2 * (wide ? 2 : 1) * kTileTokens * kPitch * static_cast<int>(sizeof(float));
   const Layout layout = {dim3(std::min(tiles, multiprocessors())), dim3(units * kWarp),
-                         units * (WeightStream<kTileRows, kStages>::kBytes + sums), launch.overlap};
+                         held_bytes(units, kStages, wide ? 2 * kTileTokens : kTileTokens), launch.overlap};
   return launch_kernel(kernel, layout, stream, static_cast<const T*>(x), static_cast<const uint8_t*>(codes), scale_element, scale,
                        zero_point, static_cast<const T*>(bias), static_cast<T*>(out), shape, groups);
 }

@@ -229,12 +229,12 @@ def checks() -> Iterator[Check]:
             ("cuda_int4", RECIPES[2]),
             ("cuda_int4", (4, None, 128, False)),
         ):
-            forced = {table: cut, "cuda_int4_held": None}
+            forced = {table: cut, f"{table}_held": None}
             yield f"{table} {cut} {tokens} tokens", forced, partial(product, *recipe, tokens, torch.bfloat16)
-    for (tokens, symmetric), stages in itertools.product(((1, True), (9, True), (16, False)), (3, 5)):
-        held = {"cuda_int4_held": {"WARPS": 16, "ROW_TILES": 0, "STAGES": stages}}
-        check = partial(product, 4, None, 128, symmetric, tokens, torch.bfloat16, MANY_ROWS)
-        yield f"cuda_int4_held {stages} {tokens} tokens", held, check
+    for (tokens, symmetric), stages in itertools.product(((3, True), (9, True), (16, False)), (3, 5)):
+        for table, recipe in (("cuda_int4", (4, None, 128, symmetric)), ("cuda_int8", RECIPES[0])):
+            held = {f"{table}_held": {"WARPS": 16, "ROW_TILES": 0, "STAGES": stages}}
+            yield f"{held} {tokens} tokens", held, partial(product, *recipe, tokens, torch.bfloat16, MANY_ROWS)
     if torch.cuda.get_device_capability()[0] == 9:
         for cut, symmetric in itertools.product(TILE_CUTS, (True, False)):
             recipe = (4, None, 128, symmetric)

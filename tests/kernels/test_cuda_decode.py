@@ -127,6 +127,7 @@ class TestOnGpu:
         (8, 130, 384, 3),
         (13, 77, 1072, 1),
         (16, 33, 512, 4),
+        (7, 40, 11008, 86),
         (11, 12901, 640, 5),  # more tiles of rows than the blocks of a launch keep in flight
     )
     LAUNCHES = ((8, 1, 2), (4, 1, 2), (8, 2, 2), (16, 1, 2))
@@ -145,10 +146,9 @@ class TestOnGpu:
             weight = kernels.repack_weight(codes, scale, points, num_bits=4, activation_bits=None)
         plain = reference_linear.repack_weight_ref(codes, scale, points, num_bits=4, activation_bits=None)
         expected = reference_linear.packed_linear_ref(x.double(), plain, bias, torch.float64)
-        for table, cut in (
-            *(("cuda_int4", cut) for cut in self.LAUNCHES),
-            *(("cuda_int4_held", cut) for cut in self.HELD),
-        ):
+        cuts = [("cuda_int4", cut) for cut in self.LAUNCHES]
+        cuts += [("cuda_int4_held", cut) for cut in self.HELD] if columns <= cuda.HELD_COLUMNS["cuda_int4"] else []
+        for table, cut in cuts:
             launch = dict(zip(LAUNCH, cut, strict=True))
             with launches.forced("cuda_int4_held", None), launches.forced(table, launch):
                 out = cuda.packed_linear(x, weight, bias, torch.full((tokens, rows), float("nan")).to(x))
@@ -168,9 +168,12 @@ class TestOnGpu:
         plain = reference_linear.repack_weight_ref(codes, scale, None, num_bits=8, activation_bits=8)
         expected = reference_linear.packed_linear_ref(x, plain, bias, dtype)
         given = QuantizedActivations(*kernels.quantize_per_token(x), dtype)
-        for cut in self.LAUNCHES:
+        cuts = [("cuda_int8", cut) for cut in self.LAUNCHES]
+        cuts += [("cuda_int8_held", cut) for cut in self.HELD] if tokens > cuda.FUSED_TOKENS else []
+        for table, cut in cuts:
             for operand in (x, given):
-                with launches.forced("cuda_int8", dict(zip(LAUNCH, cut, strict=True))):
+                launch = dict(zip(LAUNCH, cut, strict=True))
+                with launches.forced("cuda_int8_held", None), launches.forced(table, launch):
                     out = cuda.packed_linear(operand, weight, bias, torch.full((tokens, rows), float("nan")).to(x))
                 assert out is not None
                 assert torch.equal(out, expected), cut
