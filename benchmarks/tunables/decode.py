@@ -21,13 +21,17 @@ TILE_KEYS = {
     for tokens in (64, 128, 256, 512, 1024, 2048, 4096)
     for suffix, shapes in (("", (NARROW, LONG)), ("-wide", (WIDE,)))
 }
-TILES = ((64, 1, 1), (128, 1, 1), (128, 1, 2), (128, 1, 4), (128, 0, 1), (256, 0, 1), (256, 0, 2))
+TILES = (
+    *((64, 1, 1, 0), (128, 1, 1, 0), (128, 1, 2, 0), (128, 0, 1, 0), (256, 0, 1, 0), (256, 0, 2, 0)),
+    *((128, 1, 1, 1), (128, 0, 1, 1), (256, 0, 1, 1)),
+)
 
 
 def tile_candidates(key: str) -> list[Choice]:
     """Return every tile that was compiled and that the tokens fill at least by half."""
     tokens = int(key.partition("-")[0][1:])
-    return [dict(zip(("TOKENS", "SHARED_ROWS", "CLUSTER"), cut, strict=True)) for cut in TILES if cut[0] <= 2 * tokens]
+    names = ("TOKENS", "SHARED_ROWS", "CLUSTER", "SPLIT")
+    return [dict(zip(names, cut, strict=True)) for cut in TILES if cut[0] <= 2 * tokens]
 
 
 def candidates(stages: tuple[int, ...]) -> list[Choice]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import qrealign_kernels as kernels
-from qrealign_kernels import cuda, launches, triton_common
+from qrealign_kernels import cuda, cuda_tiles, launches, triton_common
 from tests.kernels import sanitize
 from tests.kernels.conftest import Recorder
 
@@ -68,6 +68,7 @@ def test_every_function_of_the_extension_is_checked(
     replace_kernels(monkeypatch, set())
     monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    monkeypatch.setattr(cuda_tiles, "multiprocessors", lambda device: 132)
     run_checks()
     bindings = Path(sanitize.__file__).parents[2] / "csrc" / "cuda" / "bindings.cpp"
     launching = set(re.findall(r'module\.def\("(\w+)"', bindings.read_text(encoding="utf-8"))) - {"unusable_reason"}
