@@ -233,10 +233,15 @@ def _fake_quant_edited_steps_fwd_kernel(
             HAS_COLUMN, HAS_ROW, HAS_EDIT, BLOCK_RANK, FULL,
         )  # fmt: skip
         minimum, maximum = row_extremes(b_w)
+        minimum = tl.minimum(minimum, 0.0)
+        maximum = tl.maximum(maximum, 0.0)
+        if KEEP_EXTREMES:
+            tl.store(extremes_ptr + group, minimum, mask=m_n)
+            tl.store(extremes_ptr + N * G + group, maximum, mask=m_n)
         _store_rounded(
             out_ptr + n[:, None] * K + o_k[None, :], scale_ptr, zero_point_ptr, m_n[:, None] & m_k[None, :], b_w,
-            tl.minimum(minimum, 0.0), tl.maximum(maximum, 0.0), low_share, high_share, group, m_n, CODES, QMIN, QMAX,
-            SYMMETRIC, SCALE_KIND, MIN_SCALE, FULL,
+            minimum, maximum, low_share, high_share, group, m_n, CODES, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE,
+            FULL,
         )  # fmt: skip
     else:
         # Extremes are tiles and are reduced once, behind the loop: fewer exchanges between threads, and Triton 3.6

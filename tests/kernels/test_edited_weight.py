@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import qrealign_kernels as kernels
-from qrealign_kernels import reference, triton_common
+from qrealign_kernels import launches, reference, triton_common
 from qrealign_kernels import reference_calibration as definitions
 from qrealign_kernels.reference_calibration import WeightTransform
 
@@ -143,12 +143,14 @@ def test_rows_that_fill_no_tile_equal_the_definition(
 
         monkeypatch.setattr(triton_weight, "is_ragged", lambda width: True)
     tensors = make_case(5, 600, None, NAMES[1:5])
-    fake = kernels.fake_quant_weight(**tensors, num_bits=4, symmetric=False, out_dtype=dtype)
-    expected = definition(
-        definitions.fake_quant_edited_weight_ref, tensors, num_bits=4, symmetric=False, out_dtype=dtype
-    )
-    assert torch.equal(fake, expected)
-    assert_gradients_agree(fake, expected, list(tensors.values()))
+    grid = {"num_bits": 4, "symmetric": False, "out_dtype": dtype}
+    for columns in (256, 1024):  # three steps, and one
+        expected = definition(definitions.fake_quant_edited_weight_ref, tensors, **grid)
+        launch = {"BLOCK_N": 2, "BLOCK_C": columns, "AHEAD": 1, "num_warps": 4}
+        with launches.forced("fake_quant_edited_steps_fwd", launch):
+            fake = kernels.fake_quant_weight(**tensors, **grid)
+        assert torch.equal(fake, expected)
+        assert_gradients_agree(fake, expected, list(tensors.values()))
 
 
 def test_only_long_rows_that_waste_a_fifth_of_a_tile_are_walked_in_steps() -> None:
