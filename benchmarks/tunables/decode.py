@@ -54,7 +54,7 @@ def int4_calls(tokens: int, *shapes: tuple[int, int]) -> Calls:
 
 
 def int8_calls(tokens: int, *shapes: tuple[int, int]) -> Calls:
-    """Return calls of 8-bit weights of some shapes and tokens, which are codes already unless it is a single one."""
+    """Return calls of 8-bit weights of some shapes and tokens."""
     return product_calls(8, 8, tokens, *shapes)
 
 

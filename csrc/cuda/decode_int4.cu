@@ -170,11 +170,19 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     return Stream(shared + warp * Stream::kBytes, codes, shape.row_bytes, tile * kTileRows, shape.rows);
   };
   int ahead = blockIdx.x;  // the next tile to fetch
-  for (int stage = 0; stage < kStages; ++stage, ahead += gridDim.x) {
-    const Stream stream = stream_of(ahead);
-    if (ahead < tiles) stream.fetch(warp, stage);
-    stream.commit();
-  }
+  const auto fetch = [&](int stage) {
+    if (ahead < tiles) {
+      stream_of(ahead).fetch(warp, stage);
+      if (lane < kTileRows && warp % 4 == 0) {  // its scales, and those of the next three warps, come from memory too
+        const size_t row = min(ahead * kTileRows + lane, shape.rows - 1), bytes = scale_element == Element::kFloat32 ? 4 : 2;
+        const char* from = static_cast<const char*>(scale) + (row * groups + min(2 * warp / group_halves, groups - 1)) * bytes;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+      }
+    }
+    stream_of(ahead).commit();
+    ahead += gridDim.x;
+  };
+  for (int stage = 0; stage < kStages; ++stage) fetch(stage);
   float scales[2][2], points[2][2];  // [half of the unit][row g or g + 8], read one tile ahead
   const auto read_scales = [&](int tile) {
 #pragma unroll
@@ -219,8 +227,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
 
   float* const all = reinterpret_cast<float*>(shared + warps * Stream::kBytes);  // [2][warps][kTokens][kPitch]
   int stage = 0, turn = 0;
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, ahead += gridDim.x) {
-    const Stream stream = stream_of(ahead);
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const Stream stream = stream_of(tile);
     stream.wait();
     float totals[kTokenTiles][4] = {};
 #pragma unroll
@@ -248,8 +256,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
       }
     }
     __syncwarp();
-    if (ahead < tiles) stream.fetch(warp, stage);
-    stream.commit();
+    fetch(stage);
     stage = stage + 1 == kStages ? 0 : stage + 1;
     if (tile + static_cast<int>(gridDim.x) < tiles) read_scales(tile + gridDim.x);
 
@@ -262,10 +269,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
       place[(warp * kTokens + token) * kPitch + i % 4 / 2 * 8 + g] = totals[i / 4][i % 4];
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < kTileRows * shape.tokens; i += blockDim.x) {
+    // Other warps by turns: those that add come last to the next tile.
+    for (int i = (threadIdx.x + turn * blockDim.x / 2) % blockDim.x; i < kTileRows * shape.tokens; i += blockDim.x) {
       const int token = i / kTileRows, row = tile * kTileRows + i % kTileRows;
       if (row >= shape.rows) continue;
       float total = 0.0f;
+#pragma unroll 8
       for (int w = 0; w < warps; ++w) total += place[(w * kTokens + token) * kPitch + i % kTileRows];
       if (bias) total += to_float(bias[row]);
       out[static_cast<size_t>(token) * shape.rows + row] = from_float<T>(total);

@@ -211,10 +211,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
       place[(warp * kTokens + token) * kPitch + i % 4 / 2 * 8 + g] = sums[i / 4][i % 4];
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < kTileRows * shape.tokens; i += blockDim.x) {
+    // Other warps by turns: those that add come last to the next tile.
+    for (int i = (threadIdx.x + turn * blockDim.x / 2) % blockDim.x; i < kTileRows * shape.tokens; i += blockDim.x) {
       const int token = i / kTileRows, row = tile * kTileRows + i % kTileRows;
       if (row >= shape.rows) continue;
       int sum = 0;
+#pragma unroll 8
       for (int w = 0; w < warps; ++w) sum += place[(w * kTokens + token) * kPitch + i % kTileRows];
       store_scaled(sum, row, token, x_scale, scale_element, scale, bias, out, shape);
     }
