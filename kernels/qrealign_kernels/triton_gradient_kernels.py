@@ -21,7 +21,14 @@ from qrealign_kernels.triton_math import (
     row_sums_5,
     store_tile,
 )
-from qrealign_kernels.triton_weight import kept_shares, step_bounds, transformed_tile, weight_grid
+from qrealign_kernels.triton_weight import (
+    kept_shares,
+    load_factors,
+    load_logits,
+    step_bounds,
+    transformed_tile,
+    weight_grid,
+)
 
 
 @triton.jit
@@ -92,10 +99,14 @@ def _reduce_tile(
     """
     group = n * G + g
     mask = m_n[:, None] & m_c[None, :]
-    b_w = transformed_tile(b_raw, n, o_k, m_n, m_c, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL)
+    column_scale, divisor = load_factors(
+        b_raw, n, o_k, m_n, m_c, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL
+    )
+    low, high = load_logits(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
+    b_w = transformed_tile(b_raw, column_scale, divisor, HAS_COLUMN, HAS_ROW)
     to_divisor = tl.zeros(n.shape, tl.float32)
     if HAS_LOW or HAS_HIGH:
-        low_share, high_share = kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
+        low_share, high_share = kept_shares(low, high, HAS_LOW, HAS_HIGH)
         if HAS_EXTREMES:
             minimum = tl.load(extremes_ptr + group, mask=m_n, other=0.0)
             maximum = tl.load(extremes_ptr + N * G + group, mask=m_n, other=0.0)
@@ -203,7 +214,8 @@ def bound_gradients_bwd_kernel(
     group = n * G + g
     minimum = tl.load(extremes_ptr + group, mask=m_n, other=0.0)
     maximum = tl.load(extremes_ptr + N * G + group, mask=m_n, other=0.0)
-    low_share, high_share = kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
+    low, high = load_logits(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
+    low_share, high_share = kept_shares(low, high, HAS_LOW, HAS_HIGH)
     low, high, raw_scale, scale, reciprocal, zero_point, low_steps, high_steps = weight_grid(
         minimum, maximum, low_share, high_share, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE
     )
@@ -220,7 +232,10 @@ def bound_gradients_bwd_kernel(
         b_w = load_tile(weight_ptr + first * K + offsets + start, mask, FULL)
         b_g = load_tile(grad_ptr + first * K + offsets + start, mask, FULL)
         o_k = g * C + start + cols
-        b_w = transformed_tile(b_w, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL)
+        column_scale, divisor = load_factors(
+            b_w, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL
+        )
+        b_w = transformed_tile(b_w, column_scale, divisor, HAS_COLUMN, HAS_ROW)
         b_error, b_inside, b_not_high = _tile_moments(
             b_g, b_w, low, high, scale, reciprocal, lowest, highest, SYMMETRIC, SCALE_KIND
         )

@@ -120,6 +120,17 @@ def load_tile(pointers, mask, FULL: tl.constexpr):
 
 
 @triton.jit
+def load_columns(pointer, like, columns, mask, FULL: tl.constexpr):
+    """Load one value a column, float32, as a tile of the shape of `like`.
+
+    Loaded as a row and broadcast, the values would lie in another layout than the weights, and to change it takes
+    barriers: four for a row of 4,096. Repeated loads of a tile of several rows meet the first-level cache.
+    """
+    pointers = tl.broadcast_to((pointer + columns)[None, :], like.shape)
+    return load_tile(pointers, tl.broadcast_to(mask[None, :], like.shape), FULL)
+
+
+@triton.jit
 def store_tile(pointers, tile, mask, FULL: tl.constexpr):
     """Store a tile; one known to be FULL pays for no mask."""
     if FULL:

@@ -35,6 +35,7 @@ from qrealign_kernels.triton_math import (
     clip,
     convert,
     divide,
+    load_columns,
     load_tile,
     low_byte,
     round_half_even,
@@ -83,34 +84,52 @@ def step_bounds(low_steps, high_steps, zero_point, QMIN: tl.constexpr, QMAX: tl.
 
 
 @triton.jit
-def kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr):
-    """Return the kept shares of the groups' extremes, 1 where no logit asks for less.
-
-    The interpreter's exponential is not torch's in the last bit, so that there the pointers hold shares already.
-    """
-    low_share = tl.full(group.shape, 1.0, tl.float32)
-    high_share = tl.full(group.shape, 1.0, tl.float32)
+def load_logits(low_ptr, high_ptr, group, m_n, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr):
+    """Load what `kept_shares` takes."""
+    low = tl.full(group.shape, 1.0, tl.float32)
+    high = tl.full(group.shape, 1.0, tl.float32)
     if HAS_LOW:
-        low_share = tl.load(low_ptr + group, mask=m_n, other=0.0)
-        if not INTERPRETED:
-            low_share = sigmoid(low_share)
+        low = tl.load(low_ptr + group, mask=m_n, other=0.0)
     if HAS_HIGH:
-        high_share = tl.load(high_ptr + group, mask=m_n, other=0.0)
-        if not INTERPRETED:
-            high_share = sigmoid(high_share)
-    return low_share, high_share
+        high = tl.load(high_ptr + group, mask=m_n, other=0.0)
+    return low, high
 
 
 @triton.jit
-def transformed_tile(
-    b_w, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr,
+def kept_shares(low, high, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr):
+    """Return the kept shares of the groups' extremes, 1 where no logit asks for less.
+
+    The interpreter's exponential is not torch's in the last bit, so that there shares are given already.
+    """
+    if not INTERPRETED:
+        if HAS_LOW:
+            low = sigmoid(low)
+        if HAS_HIGH:
+            high = sigmoid(high)
+    return low, high
+
+
+@triton.jit
+def load_factors(
+    like, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr,
     HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Return `weight * column_scale / row_divisor` of a tile."""
+    """Load the column scale and the row divisor of a tile, 1 where there is none."""
+    column_scale = 1.0
+    divisor = 1.0
     if HAS_COLUMN:
-        b_w = b_w * load_tile(column_scale_ptr + o_k, m_k, FULL)[None, :]
+        column_scale = load_columns(column_scale_ptr, like, o_k, m_k, FULL)
     if HAS_ROW:
         divisor = tl.load(row_divisor_ptr + n, mask=m_n, other=1.0)
+    return column_scale, divisor
+
+
+@triton.jit
+def transformed_tile(b_w, column_scale, divisor, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr):
+    """Return `weight * column_scale / row_divisor` of a tile."""
+    if HAS_COLUMN:
+        b_w = b_w * column_scale
+    if HAS_ROW:
         b_w = divide(b_w, divisor[:, None], tl.div_rn(1.0, divisor)[:, None], True)
     return b_w
 
@@ -163,14 +182,18 @@ def _fake_quant_edited_fwd_kernel(
     mask = m_n[:, None] & m_c[None, :]
     offsets = rows[:, None] * K + o_k[None, :]  # [BLOCK_N, BLOCK_C], from the program's first row
     group = n * G + g
-    # All that is loaded is asked for before the first exchange between threads, which loads do not move across.
+    # All that is loaded is asked for before the first exchange between threads and before the first division, whose
+    # rare path is a branch: loads do not move across either.
     b_w = load_tile(weight_ptr + first * K + offsets, mask, FULL)
-    low_share, high_share = kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
-    b_w = transformed_tile(b_w, n, o_k, m_n, m_c, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL)
+    low, high = load_logits(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
+    column_scale, divisor = load_factors(
+        b_w, n, o_k, m_n, m_c, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL
+    )
+    low_share, high_share = kept_shares(low, high, HAS_LOW, HAS_HIGH)
+    b_w = transformed_tile(b_w, column_scale, divisor, HAS_COLUMN, HAS_ROW)
     for rank in tl.static_range(RANK):  # 0 where there is no edit
         b_left = tl.load(left_ptr + n * RANK + rank, mask=m_n, other=0.0)  # [BLOCK_N]
-        b_right = tl.load(right_ptr + rank * K + o_k, mask=m_c, other=0.0)  # [BLOCK_C]
-        b_w += b_left[:, None] * b_right[None, :]
+        b_w += b_left[:, None] * load_columns(right_ptr + rank * K, b_w, o_k, m_c, FULL)
     minimum, maximum = row_extremes(b_w)
     minimum = tl.minimum(minimum, 0.0)
     maximum = tl.maximum(maximum, 0.0)
@@ -192,7 +215,10 @@ def _edited_tile(
     """Return the transformed and edited weight of a tile."""
     mask = m_n[:, None] & m_k[None, :]
     b_w = load_tile(weight_ptr + n[:, None] * K + o_k[None, :], mask, FULL)
-    b_w = transformed_tile(b_w, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL)
+    column_scale, divisor = load_factors(
+        b_w, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL
+    )
+    b_w = transformed_tile(b_w, column_scale, divisor, HAS_COLUMN, HAS_ROW)
     if HAS_EDIT:
         ranks = tl.arange(0, BLOCK_RANK)
         m_rk = (ranks < RANK)[:, None] & m_k[None, :]
@@ -222,7 +248,8 @@ def _fake_quant_edited_steps_fwd_kernel(
     if HAS_EDIT:
         m_left = m_n[:, None] & (ranks < RANK)[None, :]
         b_left = tl.load(left_ptr + n[:, None] * RANK + ranks[None, :], mask=m_left, other=0.0)
-    low_share, high_share = kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
+    low, high = load_logits(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
+    low_share, high_share = kept_shares(low, high, HAS_LOW, HAS_HIGH)
 
     if ONE_STEP:
         m_k = cols < C
