@@ -29,7 +29,7 @@ def _rounding(name: str, given: Mapping[str, object], keys: tuple[str, ...], *, 
         kernel=weights._fake_quant_edited_fwd_kernel,
         table="fake_quant_edited_fwd",
         types={"weight_ptr": "*bf16", "out_ptr": "*bf16"},
-        constants={**_GRID, **given} | {"CODES": False, "KEEP_EXTREMES": True, "FULL": False, "RANK": 0},
+        constants={**_GRID, **given} | {"CODES": False, "KEEP_EXTREMES": True, "FULL": False, "RANK": 0, "PIECES": 1},
         from_key=weights.row_tile_columns,
         aligned=("N", "K", "C"),
         keys=keys,
@@ -40,7 +40,7 @@ def _rounding(name: str, given: Mapping[str, object], keys: tuple[str, ...], *, 
 def _slightly_edited(name: str, keys: tuple[str, ...]) -> Case:
     """Return the case of encoding a bfloat16 weight with an edit of rank 2, that of the default recipe."""
     nothing_else = {"HAS_LOW": False, "HAS_HIGH": False, "HAS_COLUMN": False, "HAS_ROW": False}
-    flags = {"CODES": True, "KEEP_EXTREMES": False, "FULL": False, "RANK": 2}
+    flags = {"CODES": True, "KEEP_EXTREMES": False, "FULL": False, "RANK": 2, "PIECES": 1}
     return Case(
         name=name,
         kernel=weights._fake_quant_edited_fwd_kernel,

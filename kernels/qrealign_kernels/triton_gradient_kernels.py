@@ -111,7 +111,7 @@ def _reduce_tile(
             minimum = tl.load(extremes_ptr + group, mask=m_n, other=0.0)
             maximum = tl.load(extremes_ptr + N * G + group, mask=m_n, other=0.0)
         else:
-            minimum, maximum = row_extremes(b_w)
+            minimum, maximum = row_extremes(b_w, b_w)
             minimum = tl.minimum(minimum, 0.0)
             maximum = tl.maximum(maximum, 0.0)
         low, high, raw_scale, scale, reciprocal, zero_point, low_steps, high_steps = weight_grid(

@@ -60,12 +60,12 @@ def _combine_extremes(low, high, other_low, other_high):
 
 
 @triton.jit
-def row_extremes(tile):
-    """Return minimum and maximum of each row of a tile."""
+def row_extremes(low, high):
+    """Return the minimum of each row of one tile and the maximum of each row of another."""
     if INTERPRETED:  # walks through a reduction of its own kind element by element
-        return tl.min(tile, axis=1), tl.max(tile, axis=1)
+        return tl.min(low, axis=1), tl.max(high, axis=1)
     else:  # one exchange between warps for both
-        return tl.reduce((tile, tile), 1, _combine_extremes)
+        return tl.reduce((low, high), 1, _combine_extremes)
 
 
 @triton.jit

@@ -1,10 +1,10 @@
 """Triton kernels that transform, edit and round a weight in one pass.
 
 A program owns whole scale groups of a few rows. Where a group fits a tile, its weights are read once, stay in
-registers, and of what the backward needs the forward keeps the extremes alone. Two cases take a second path, in steps
-along the columns, whose second reading of a row mostly meets a cache: an edit of more than a small rank, because its
-product `left @ right` pays off for tiles of many rows, which registers cannot hold in full width; and long rows that
-would leave much of their tile idle.
+registers, and of what the backward needs the forward keeps the extremes alone. A tile's width is a power of two; a
+row that would leave much of one idle is held in several narrower ones. One case takes a second path, in steps along
+the columns, whose second reading of a row mostly meets a cache: an edit of more than a small rank, because its product
+`left @ right` pays off for tiles of many rows, which registers cannot hold in full width.
 """
 
 from __future__ import annotations
@@ -169,41 +169,52 @@ def _fake_quant_edited_fwd_kernel(
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
     CODES: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr,
     MIN_SCALE: tl.constexpr, KEEP_EXTREMES: tl.constexpr, FULL: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(0)
     first = tl.program_id(1).to(tl.int64) * BLOCK_N
     rows = tl.arange(0, BLOCK_N)
-    cols = tl.arange(0, BLOCK_C)
-    o_k = g * C + cols
     n = first + rows  # [BLOCK_N]
     m_n = n < N
-    m_c = cols < C
-    mask = m_n[:, None] & m_c[None, :]
-    offsets = rows[:, None] * K + o_k[None, :]  # [BLOCK_N, BLOCK_C], from the program's first row
     group = n * G + g
     # All that is loaded is asked for before the first exchange between threads and before the first division, whose
     # rare path is a branch: loads do not move across either.
-    b_w = load_tile(weight_ptr + first * K + offsets, mask, FULL)
+    given = ()  # of each piece of the rows: weight and column scale, [BLOCK_N, BLOCK_C]
+    for piece in tl.static_range(PIECES):
+        cols = piece * BLOCK_C + tl.arange(0, BLOCK_C)
+        m_c = cols < C
+        offsets = rows[:, None] * K + (g * C + cols)[None, :]  # from the program's first row
+        b_w = load_tile(weight_ptr + first * K + offsets, m_n[:, None] & m_c[None, :], FULL)
+        given = given + ((b_w, load_columns(column_scale_ptr, b_w, g * C + cols, m_c, FULL) if HAS_COLUMN else 1.0),)
     low, high = load_logits(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
-    column_scale, divisor = load_factors(
-        b_w, n, o_k, m_n, m_c, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL
-    )
+    divisor = tl.load(row_divisor_ptr + n, mask=m_n, other=1.0) if HAS_ROW else 1.0
     low_share, high_share = kept_shares(low, high, HAS_LOW, HAS_HIGH)
-    b_w = transformed_tile(b_w, column_scale, divisor, HAS_COLUMN, HAS_ROW)
-    for rank in tl.static_range(RANK):  # 0 where there is no edit
-        b_left = tl.load(left_ptr + n * RANK + rank, mask=m_n, other=0.0)  # [BLOCK_N]
-        b_w += b_left[:, None] * load_columns(right_ptr + rank * K, b_w, o_k, m_c, FULL)
-    minimum, maximum = row_extremes(b_w)
+    edited = ()
+    b_min = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    b_max = b_min
+    for piece in tl.static_range(PIECES):
+        cols = piece * BLOCK_C + tl.arange(0, BLOCK_C)
+        b_w = transformed_tile(given[piece][0], given[piece][1], divisor, HAS_COLUMN, HAS_ROW)
+        for rank in tl.static_range(RANK):  # 0 where there is no edit
+            b_left = tl.load(left_ptr + n * RANK + rank, mask=m_n, other=0.0)  # [BLOCK_N]
+            b_w += b_left[:, None] * load_columns(right_ptr + rank * K, b_w, g * C + cols, cols < C, FULL)
+        b_min = b_w if piece == 0 else tl.minimum(b_min, b_w)
+        b_max = b_w if piece == 0 else tl.maximum(b_max, b_w)
+        edited = edited + (b_w,)
+    minimum, maximum = row_extremes(b_min, b_max)
     minimum = tl.minimum(minimum, 0.0)
     maximum = tl.maximum(maximum, 0.0)
     if KEEP_EXTREMES:
         tl.store(extremes_ptr + group, minimum, mask=m_n)
         tl.store(extremes_ptr + N * G + group, maximum, mask=m_n)
-    _store_rounded(
-        out_ptr + first * K + offsets, scale_ptr, zero_point_ptr, mask, b_w, minimum, maximum, low_share, high_share,
-        group, m_n, CODES, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE, FULL,
-    )  # fmt: skip
+    for piece in tl.static_range(PIECES):
+        cols = piece * BLOCK_C + tl.arange(0, BLOCK_C)
+        offsets = rows[:, None] * K + (g * C + cols)[None, :]
+        _store_rounded(
+            out_ptr + first * K + offsets, scale_ptr, zero_point_ptr, m_n[:, None] & (cols < C)[None, :], edited[piece],
+            minimum, maximum, low_share, high_share, group, m_n, CODES, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE,
+            FULL,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -258,7 +269,7 @@ def _fake_quant_edited_steps_fwd_kernel(
             weight_ptr, column_scale_ptr, row_divisor_ptr, right_ptr, b_left, n, m_n, o_k, m_k, K, RANK,
             HAS_COLUMN, HAS_ROW, HAS_EDIT, BLOCK_RANK, FULL,
         )  # fmt: skip
-        minimum, maximum = row_extremes(b_w)
+        minimum, maximum = row_extremes(b_w, b_w)
         _store_rounded(
             out_ptr + n[:, None] * K + o_k[None, :], scale_ptr, zero_point_ptr, m_n[:, None] & m_k[None, :], b_w,
             tl.minimum(minimum, 0.0), tl.maximum(maximum, 0.0), low_share, high_share, group, m_n, CODES, QMIN, QMAX,
@@ -409,8 +420,9 @@ def _launch_forward(
     groups = columns // width
     with on_device_of(weight):
         rank = 0 if left is None else left.shape[1]
-        if rank <= SMALL_RANK and width <= LARGEST_WIDTH and not is_ragged(width):
+        if rank <= SMALL_RANK and width <= LARGEST_WIDTH:
             tile = row_tile("fake_quant_edited_fwd", width, weight.device)
+            tile |= pieces_of(width)
             full = is_full(rows, width, tile)
             grid = (groups, triton.cdiv(rows, tile["BLOCK_N"]))
             sizes = (rows, columns, width, groups)
@@ -467,9 +479,12 @@ def row_tile(kernel: str, width: int, device: torch.device) -> launches.Choice:
     return launches.choice(kernel, width_key(block), device) | {"BLOCK_C": block}
 
 
-def is_ragged(width: int) -> bool:
-    """Tell whether a long row fills its tile so badly that reading it twice, in steps, is the faster way."""
-    return width > 4096 and 4 * tile_width(width) > 5 * width
+def pieces_of(width: int) -> dict[str, int]:
+    """Return of how many tiles a row is made, and their columns: of one, or of quarters where one would be left out."""
+    whole = tile_width(width)
+    if width > 4096 and 4 * width <= 3 * whole:
+        return {"BLOCK_C": whole // 4, "PIECES": 3}
+    return {"BLOCK_C": whole, "PIECES": 1}
 
 
 def _edited_tile_launch(rank: int, width: int, device: torch.device) -> launches.Choice:
