@@ -55,7 +55,7 @@ def _slightly_edited(name: str, keys: tuple[str, ...]) -> Case:
 
 def _in_steps(name: str, keys: tuple[str, ...]) -> Case:
     """Return the case of rounding a bfloat16 weight whose rows fill no tile."""
-    flags = {"HAS_EDIT": False, "CODES": False, "ONE_STEP": False, "KEEP_EXTREMES": True, "FULL": True}
+    flags = {"HAS_EDIT": False, "CODES": False, "ONE_STEP": False, "FULL": True}
     return Case(
         name=name,
         kernel=weights._fake_quant_edited_steps_fwd_kernel,
@@ -75,10 +75,7 @@ def _edited(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Case:
         kernel=weights._fake_quant_edited_steps_fwd_kernel,
         table="fake_quant_edited_steps_fwd",
         types={"weight_ptr": "*bf16"} | _CODED,
-        constants=_ASYMMETRIC
-        | nothing_else
-        | {"HAS_EDIT": True, "CODES": True, "ONE_STEP": False}
-        | {"KEEP_EXTREMES": False, "FULL": False},
+        constants=_ASYMMETRIC | nothing_else | {"HAS_EDIT": True, "CODES": True, "ONE_STEP": False, "FULL": False},
         from_key=weights.edited_tile_rank,
         aligned=("N", "K", "C"),
         keys=keys,

@@ -242,12 +242,11 @@ def _edited_tile(
 @triton.jit
 def _fake_quant_edited_steps_fwd_kernel(
     weight_ptr, low_ptr, high_ptr, column_scale_ptr, row_divisor_ptr, left_ptr, right_ptr, out_ptr,
-    scale_ptr, zero_point_ptr, extremes_ptr, N, K, C, G, RANK,
+    scale_ptr, zero_point_ptr, N, K, C, G, RANK,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
     HAS_EDIT: tl.constexpr, CODES: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr,
     SCALE_KIND: tl.constexpr, MIN_SCALE: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr, KEEP_EXTREMES: tl.constexpr, FULL: tl.constexpr, ONE_STEP: tl.constexpr,
-    AHEAD: tl.constexpr,
+    BLOCK_C: tl.constexpr, FULL: tl.constexpr, ONE_STEP: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(0)
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -290,9 +289,6 @@ def _fake_quant_edited_steps_fwd_kernel(
             b_max = tl.maximum(b_max, b_w)
         minimum = tl.min(b_min, axis=1)
         maximum = tl.max(b_max, axis=1)
-        if KEEP_EXTREMES:
-            tl.store(extremes_ptr + group, minimum, mask=m_n)
-            tl.store(extremes_ptr + N * G + group, maximum, mask=m_n)
         for start in tl.range(0, C, BLOCK_C, num_stages=AHEAD):
             m_k = start + cols < C
             o_k = g * C + start + cols
@@ -446,14 +442,12 @@ def _launch_forward(
             weight if left is None else left,
             weight if right is None else right,
             *outputs,
-            out if extremes is None else extremes,
             rows,
             columns,
             width,
             groups,
             max(1, rank),
             HAS_EDIT=left is not None,
-            KEEP_EXTREMES=extremes is not None,
             FULL=width % tile["BLOCK_C"] == 0 and rows % tile["BLOCK_N"] == 0,
             ONE_STEP=width <= tile["BLOCK_C"],
             **constants,
