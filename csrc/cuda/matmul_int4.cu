@@ -39,7 +39,7 @@ struct Runs {
 };
 
 // A run of a tile's blocks of 256 columns, and what comes after it. A block of threads takes every gridDim.x-th tile; with kSplit, what
-// is left for fewer than all is cut into gridDim.x runs of like length: the end of one tile and the beginning of the next.
+// is left for fewer than all is cut into as many runs of like length: the end of one tile and the beginning of the next.
 template <bool kSplit>
 class Work {
  public:
@@ -50,8 +50,9 @@ class Work {
     whole_ = kSplit ? tiles / grid * grid : tiles;
     if (kSplit) {
       left_ = (tiles - whole_) * blocks;
-      at_ = static_cast<int64_t>(blockIdx.x) * left_ / grid;
-      stop_ = static_cast<int64_t>(blockIdx.x + 1) * left_ / grid;
+      runs_ = min(grid, left_);  // none is empty
+      at_ = begin(min(static_cast<int>(blockIdx.x), runs_));
+      stop_ = begin(min(static_cast<int>(blockIdx.x) + 1, runs_));
     }
     advance();
   }
@@ -80,9 +81,11 @@ class Work {
   __device__ int last_owner() const { return owner((split_tile() + 1) * blocks_ - 1); }
 
  private:
-  __device__ int owner(int64_t block) const { return ((block + 1) * gridDim.x - 1) / left_; }
+  // Where a block of threads begins in what is left, and the last one that begins at or before a place there.
+  __device__ int begin(int64_t owner) const { return runs_ ? owner * left_ / runs_ : 0; }
+  __device__ int owner(int64_t place) const { return ((place + 1) * runs_ - 1) / left_; }
 
-  int tiles_, blocks_, next_, whole_, left_, at_, stop_;
+  int tiles_, blocks_, next_, whole_, left_, runs_, at_, stop_;
 };
 
 // What a thread has of a block of its two rows: words as they lie, scales and zero points of the block's halves.
