@@ -29,7 +29,7 @@ def _rounding(name: str, given: Mapping[str, object], keys: tuple[str, ...], *, 
         kernel=weights._fake_quant_edited_fwd_kernel,
         table="fake_quant_edited_fwd",
         types={"weight_ptr": "*bf16", "out_ptr": "*bf16"},
-        constants={**_GRID, **given} | {"CODES": False, "KEEP_EXTREMES": True, "FULL": False, "RANK": 0},
+        constants={**_GRID, **given} | {"CODES": False, "KEEP_EXTREMES": True, "FULL": False, "RANK": 0, "PIECES": 1},
         from_key=weights.row_tile_columns,
         aligned=("N", "K", "C"),
         keys=keys,
@@ -40,7 +40,7 @@ def _rounding(name: str, given: Mapping[str, object], keys: tuple[str, ...], *, 
 def _slightly_edited(name: str, keys: tuple[str, ...]) -> Case:
     """Return the case of encoding a bfloat16 weight with an edit of rank 2, that of the default recipe."""
     nothing_else = {"HAS_LOW": False, "HAS_HIGH": False, "HAS_COLUMN": False, "HAS_ROW": False}
-    flags = {"CODES": True, "KEEP_EXTREMES": False, "FULL": False, "RANK": 2}
+    flags = {"CODES": True, "KEEP_EXTREMES": False, "FULL": False, "RANK": 2, "PIECES": 1}
     return Case(
         name=name,
         kernel=weights._fake_quant_edited_fwd_kernel,
@@ -55,7 +55,7 @@ def _slightly_edited(name: str, keys: tuple[str, ...]) -> Case:
 
 def _in_steps(name: str, keys: tuple[str, ...]) -> Case:
     """Return the case of rounding a bfloat16 weight whose rows fill no tile."""
-    flags = {"HAS_EDIT": False, "CODES": False, "ONE_STEP": False, "KEEP_EXTREMES": True, "FULL": True}
+    flags = {"HAS_EDIT": False, "CODES": False, "ONE_STEP": False, "FULL": True}
     return Case(
         name=name,
         kernel=weights._fake_quant_edited_steps_fwd_kernel,
@@ -75,10 +75,7 @@ def _edited(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Case:
         kernel=weights._fake_quant_edited_steps_fwd_kernel,
         table="fake_quant_edited_steps_fwd",
         types={"weight_ptr": "*bf16"} | _CODED,
-        constants=_ASYMMETRIC
-        | nothing_else
-        | {"HAS_EDIT": True, "CODES": True, "ONE_STEP": False}
-        | {"KEEP_EXTREMES": False, "FULL": False},
+        constants=_ASYMMETRIC | nothing_else | {"HAS_EDIT": True, "CODES": True, "ONE_STEP": False, "FULL": False},
         from_key=weights.edited_tile_rank,
         aligned=("N", "K", "C"),
         keys=keys,

@@ -18,11 +18,17 @@ import torch
 
 TABLES = Path(__file__).with_name("launch_tables")
 DEFAULT = "default"
+NARROW = 8192  # weights of more rows have keys of their own
 
 Choice = dict[str, int]
 Table = dict[str, dict[str, Choice]]
 
 _forced: dict[str, Choice | None] = {}
+
+
+def by_width(key: str, rows: int) -> str:
+    """Return the key of a product's launch for a weight of so many rows."""
+    return f"{key}-wide" if rows > NARROW else key
 
 
 @cache

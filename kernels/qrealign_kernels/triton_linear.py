@@ -1,10 +1,10 @@
 """The quantized linear products on Triton kernels: which kernel for how many tokens, and its launch.
 
 Keys of the launch tables are the number of tokens rounded up to a power of two, "m2" to "m8192"; for one token K so
-rounded, "k4096", and "k4096-codes" where the token comes rounded. "-wide" stands behind a key for weights of more than
-`NARROW` rows. The entry "linear_routes" gives the tokens up to which the kernels for few tokens are used: INT8_FEW and
-INT4_FEW, by the weight's bits. Behind that, integers are multiplied in tiles, and floating point tokens by the library,
-with a dequantized copy of the weight.
+rounded, "k4096", and "k4096-codes" where the token comes rounded. "-wide" stands behind a key for weights of many rows
+(`launches.by_width`). The entry "linear_routes" gives the tokens up to which the kernels for few tokens are used:
+INT8_FEW and INT4_FEW, by the weight's bits. Behind that, integers are multiplied in tiles, and floating point tokens by
+the library, with a dequantized copy of the weight.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from qrealign_kernels.triton_activations import quantize_per_token
 from qrealign_kernels.triton_common import on_device_of
 from qrealign_kernels.triton_overlap import overlap
 
-NARROW = 8192
 DENSE_BYTES = 64 * 2**20  # most of a weight that is dequantized at a time: a 7B model's largest takes 180 MB
 _ROWS = 256  # such a part holds a multiple of these, a whole number of the library's tiles
 _HALVES = (torch.float16, torch.bfloat16)
@@ -101,7 +100,9 @@ def _integer_product(
 
 def _float_product(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> Tensor:
     tokens, routes = out.shape[0], launches.choice("linear_routes", launches.DEFAULT, out.device)
-    if (done := cuda_tiles.packed_linear(x, weight, bias, out, _wide_key(_key(tokens), out))) is not None:
+    if (
+        done := cuda_tiles.packed_linear(x, weight, bias, out, launches.by_width(_key(tokens), out.shape[1]))
+    ) is not None:
         return done
     if weight.layout == PLANES4 and tokens == 1:
         return _launch_gemv(x, weight, bias, out)
@@ -173,13 +174,9 @@ def few_tokens(key: str) -> dict[str, int]:
     return {"BLOCK_M": 16 if key == launches.DEFAULT else max(8, int(key.partition("-")[0][1:]))}
 
 
-def _wide_key(key: str, out: Tensor) -> str:
-    return f"{key}-wide" if out.shape[1] > NARROW else key
-
-
 def _choice(kernel: str, key: str, out: Tensor) -> launches.Choice:
     """Return the launch of a kernel that computes `out`."""
-    return launches.choice(kernel, _wide_key(key, out), out.device)
+    return launches.choice(kernel, launches.by_width(key, out.shape[1]), out.device)
 
 
 def _group(weight: PackedWeight) -> int:
