@@ -310,6 +310,11 @@ def row_tile_columns(key: str) -> dict[str, int]:
     return {"BLOCK_C": int(key)}
 
 
+def row_piece_columns(key: str) -> dict[str, int]:
+    """Return the same for a row in pieces: the columns of one, see `pieces_of`."""
+    return {"BLOCK_C": int(key) // 4}
+
+
 def edited_tile_rank(key: str) -> dict[str, int]:
     """Return what a key of the table "fake_quant_edited_steps_fwd" stands for: the edit's rank, padded."""
     return {"BLOCK_RANK": 256 if key == launches.DEFAULT else int(key)}
