@@ -22,15 +22,18 @@ _MANY = (*_NARROW, *_WIDE)
 _FEW = tuple(f"{key}-few" for key in _NARROW)
 
 
-def _rounding(name: str, given: Mapping[str, object], keys: tuple[str, ...], *, hot: bool = True) -> Case:
-    """Return the case of rounding a bfloat16 weight to bfloat16."""
+def _rounding(
+    name: str, given: Mapping[str, object], keys: tuple[str, ...], *, pieces: int = 1, hot: bool = True
+) -> Case:
+    """Return the case of rounding a bfloat16 weight to bfloat16; pieces of a row are quarters of a tile."""
     return Case(
         name=name,
         kernel=weights._fake_quant_edited_fwd_kernel,
         table="fake_quant_edited_fwd",
         types={"weight_ptr": "*bf16", "out_ptr": "*bf16"},
-        constants={**_GRID, **given} | {"CODES": False, "KEEP_EXTREMES": True, "FULL": False, "RANK": 0, "PIECES": 1},
-        from_key=weights.row_tile_columns,
+        constants={**_GRID, **given}
+        | {"CODES": False, "KEEP_EXTREMES": True, "FULL": False, "RANK": 0, "PIECES": pieces},
+        from_key=weights.row_tile_columns if pieces == 1 else weights.row_piece_columns,
         aligned=("N", "K", "C"),
         keys=keys,
         hot=hot,
@@ -146,6 +149,7 @@ def _norm_gradients(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Ca
 CASES = (
     _rounding("weight, rounded", _LEARNED, _MANY),
     _rounding("weight, rounded, widest", _LEARNED, _WIDEST, hot=False),
+    _rounding("weight, rounded in pieces", _LEARNED, _WIDE, pieces=3),
     _slightly_edited("weight with an edit of rank 2, codes", ("4096", "8192", "16384")),
     _edited("weight with an edit, codes", ("16", "32", "64")),
     _edited("weight with an edit of a rank over 64, codes", ("default",), hot=False),

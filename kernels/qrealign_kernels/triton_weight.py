@@ -186,7 +186,8 @@ def _fake_quant_edited_fwd_kernel(
         m_c = cols < C
         offsets = rows[:, None] * K + (g * C + cols)[None, :]  # from the program's first row
         b_w = load_tile(weight_ptr + first * K + offsets, m_n[:, None] & m_c[None, :], FULL)
-        given += ((b_w, load_columns(column_scale_ptr, b_w, g * C + cols, m_c, FULL) if HAS_COLUMN else 1.0),)
+        column_scale = load_columns(column_scale_ptr, b_w, g * C + cols, m_c, FULL) if HAS_COLUMN else 1.0
+        given += ((b_w, column_scale),)  # type: ignore[assignment]
     low, high = load_logits(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
     divisor = tl.load(row_divisor_ptr + n, mask=m_n, other=1.0) if HAS_ROW else 1.0
     low_share, high_share = kept_shares(low, high, HAS_LOW, HAS_HIGH)
@@ -201,7 +202,7 @@ def _fake_quant_edited_fwd_kernel(
             b_w += b_left[:, None] * load_columns(right_ptr + rank * K, b_w, g * C + cols, cols < C, FULL)
         b_min = b_w if piece == 0 else tl.minimum(b_min, b_w)
         b_max = b_w if piece == 0 else tl.maximum(b_max, b_w)
-        edited += (b_w,)
+        edited += (b_w,)  # type: ignore[assignment]
     minimum, maximum = row_extremes(b_min, b_max)
     minimum = tl.minimum(minimum, 0.0)
     maximum = tl.maximum(maximum, 0.0)
@@ -307,6 +308,11 @@ def _fake_quant_edited_steps_fwd_kernel(
 def row_tile_columns(key: str) -> dict[str, int]:
     """Return what a key of the tables of row tiles stands for: the columns of a tile that holds a whole group."""
     return {"BLOCK_C": int(key)}
+
+
+def row_piece_columns(key: str) -> dict[str, int]:
+    """Return the same for a row in pieces: the columns of one, see `pieces_of`."""
+    return {"BLOCK_C": int(key) // 4}
 
 
 def edited_tile_rank(key: str) -> dict[str, int]:
