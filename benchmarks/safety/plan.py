@@ -163,7 +163,7 @@ class Plan:
         questions = corpora.file(f"task_{task}")
         return {
             "safety_data": (corpora.file("calib_clean"),),
-            "benign_data": (corpora.file("calib_clean"), *corpora.more("instruct_alpaca")),
+            "benign_data": (corpora.file("calib_clean"), *corpora.more("instruct_alpaca"), *self._not_asked()),
             "text_data": corpora.more("text_wikipedia"),
             "borderline_data": (corpora.file("pairs_safety") + _BORDERLINE,),
             "task_data": (f"{questions}?split=train",),
@@ -177,6 +177,14 @@ class Plan:
     def benign_file(self) -> Path:
         """The ordinary prompts drawn for the evaluation."""
         return self.output / "prompts" / "benign.jsonl"
+
+    @property
+    def not_asked_file(self) -> Path:
+        """The other prompts of their source, which calibration may draw; missing where there are none."""
+        return self.output / "prompts" / "benign-not-asked.jsonl"
+
+    def _not_asked(self) -> tuple[str, ...]:
+        return (str(self.not_asked_file),) if self.not_asked_file.is_file() else ()
 
     def prefill_file(self, variant: str) -> Path:
         """The prompts of a variant's prefill attack with the beginnings of their answers."""
