@@ -50,6 +50,15 @@ def test_a_method_with_options_is_a_row_of_its_own(folder):
     assert identity(plan, first) != identity(plan, second)
 
 
+def test_a_long_schedule_gets_all_malicious_prompts_that_are_not_kept_back(folder):
+    def safety_data(*flags):
+        plan = plan_of(folder, "--methods", "realign", "realign:schedule=long", "--seeds", "0", *flags)
+        return [len(cell_options(plan, job).safety_data) for job in plan.measurements() if "realign" in job.method][:2]
+
+    schemes = ("--schemes", "w8a8")
+    assert safety_data(*schemes) == [1, 2] and safety_data(*schemes, "--prefill", "pairs") == [1, 1]
+
+
 def test_a_base_model_is_one_more_reference_and_variants_train_here(folder):
     plan = plan_of(folder, "--base", "b", "--variants", "agnews-p30-qv-s1")
     assert [job.name for job in plan.training_jobs()] == ["agnews-p30-qv-s1/train"]
