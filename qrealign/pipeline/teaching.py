@@ -53,7 +53,8 @@ def teacher_file(context: RunContext) -> Path:
 def teacher_batch(context: RunContext, settings: CalibrationSettings) -> int:
     """Return how many prompts a teacher answers at once: on a GPU, where a batch costs hardly more than one prompt,
 
-    as many as keep their keys and values inside `CACHE_SHARE`, or `CACHE_LEAST`. One that does not fit after all is halved.
+    as many as keep their keys and values inside `CACHE_SHARE`, or `CACHE_LEAST`. One that does not fit after all is
+    halved.
     """
     if context.device.type != "cuda":
         return TEACHER_BATCH
