@@ -87,6 +87,21 @@ def test_everything_else_is_left_to_triton(
     assert not extension.calls
 
 
+@pytest.mark.parametrize(
+    ("tokens", "columns", "num_bits", "held"),
+    [(3, 4096, 4, True), (3, 4352, 4, False), (3, 12288, 8, True), (3, 12304, 8, False), (2, 4096, 8, False)],
+)
+def test_short_rows_meet_tokens_in_registers(
+    extension: Recorder, tokens: int, columns: int, num_bits: int, held: bool
+) -> None:
+    weight = packed(16, columns, num_bits, None if num_bits == 4 else 8)
+    launch = {"WARPS": 16, "ROW_TILES": 0, "STAGES": 3}
+    with launches.forced(f"cuda_int{num_bits}_held", launch):
+        run(torch.zeros(tokens, columns).half(), weight)
+    _, arguments = extension.calls[-1]
+    assert (arguments[-5:-2] == (16, 0, 3)) == held
+
+
 def test_a_gpu_without_measured_launches_is_left_to_triton(
     extension: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
