@@ -169,7 +169,7 @@ setup(
         "qrealign.demo": ["**/*.safetensors", "**/*.json", "**/*.jsonl", "**/*.gz", "**/*.jinja"],
         "qrealign.report": ["**/*.html", "**/*.css", "**/*.js"],
         "qrealign.serve": ["page/*"],
-        "qrealign_kernels": ["py.typed", "*.pyi", "launch_tables/*.json"],
+        "qrealign_kernels": ["py.typed", "launch_tables/*.json"],
     },
     include_package_data=False,
     ext_modules=extensions(),

@@ -12,11 +12,15 @@ from qrealign.status import exit_status
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the main job; return 0, or another exit status after one sentence on standard error."""
     if list(sys.argv[1:] if arguments is None else arguments) == ["doctor"]:
-        from qrealign.doctor import report
-
-        print(report())
-        return 0
+        return exit_status(_print_doctor, interrupted="nothing was changed")
     return exit_status(lambda: _run(arguments), interrupted="the same command continues where it stopped")
+
+
+def _print_doctor() -> int:
+    from qrealign.doctor import report
+
+    print(report())
+    return 0
 
 
 def _run(arguments: Sequence[str] | None) -> int:

@@ -34,5 +34,5 @@ def exit_status(run: Callable[[], int], *, interrupted: str) -> int:
 
         if not isinstance(error, BackendUnavailableError):
             raise
-        print(f"error: {error} (QREALIGN_BACKEND)", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

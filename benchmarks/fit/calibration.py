@@ -22,15 +22,18 @@ _MANY = (*_NARROW, *_WIDE)
 _FEW = tuple(f"{key}-few" for key in _NARROW)
 
 
-def _rounding(name: str, given: Mapping[str, object], keys: tuple[str, ...], *, hot: bool = True) -> Case:
-    """Return the case of rounding a bfloat16 weight to bfloat16."""
+def _rounding(
+    name: str, given: Mapping[str, object], keys: tuple[str, ...], *, pieces: int = 1, hot: bool = True
+) -> Case:
+    """Return the case of rounding a bfloat16 weight to bfloat16; pieces of a row are quarters of a tile."""
     return Case(
         name=name,
         kernel=weights._fake_quant_edited_fwd_kernel,
         table="fake_quant_edited_fwd",
         types={"weight_ptr": "*bf16", "out_ptr": "*bf16"},
-        constants={**_GRID, **given} | {"CODES": False, "KEEP_EXTREMES": True, "FULL": False, "RANK": 0},
-        from_key=weights.row_tile_columns,
+        constants={**_GRID, **given}
+        | {"CODES": False, "KEEP_EXTREMES": True, "FULL": False, "RANK": 0, "PIECES": pieces},
+        from_key=weights.row_tile_columns if pieces == 1 else weights.row_piece_columns,
         aligned=("N", "K", "C"),
         keys=keys,
         hot=hot,
@@ -40,7 +43,7 @@ def _rounding(name: str, given: Mapping[str, object], keys: tuple[str, ...], *, 
 def _slightly_edited(name: str, keys: tuple[str, ...]) -> Case:
     """Return the case of encoding a bfloat16 weight with an edit of rank 2, that of the default recipe."""
     nothing_else = {"HAS_LOW": False, "HAS_HIGH": False, "HAS_COLUMN": False, "HAS_ROW": False}
-    flags = {"CODES": True, "KEEP_EXTREMES": False, "FULL": False, "RANK": 2}
+    flags = {"CODES": True, "KEEP_EXTREMES": False, "FULL": False, "RANK": 2, "PIECES": 1}
     return Case(
         name=name,
         kernel=weights._fake_quant_edited_fwd_kernel,
@@ -55,7 +58,7 @@ def _slightly_edited(name: str, keys: tuple[str, ...]) -> Case:
 
 def _in_steps(name: str, keys: tuple[str, ...]) -> Case:
     """Return the case of rounding a bfloat16 weight whose rows fill no tile."""
-    flags = {"HAS_EDIT": False, "CODES": False, "ONE_STEP": False, "KEEP_EXTREMES": True, "FULL": True}
+    flags = {"HAS_EDIT": False, "CODES": False, "ONE_STEP": False, "FULL": True}
     return Case(
         name=name,
         kernel=weights._fake_quant_edited_steps_fwd_kernel,
@@ -75,10 +78,7 @@ def _edited(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Case:
         kernel=weights._fake_quant_edited_steps_fwd_kernel,
         table="fake_quant_edited_steps_fwd",
         types={"weight_ptr": "*bf16"} | _CODED,
-        constants=_ASYMMETRIC
-        | nothing_else
-        | {"HAS_EDIT": True, "CODES": True, "ONE_STEP": False}
-        | {"KEEP_EXTREMES": False, "FULL": False},
+        constants=_ASYMMETRIC | nothing_else | {"HAS_EDIT": True, "CODES": True, "ONE_STEP": False, "FULL": False},
         from_key=weights.edited_tile_rank,
         aligned=("N", "K", "C"),
         keys=keys,
@@ -93,7 +93,7 @@ def _gradients(name: str, given: Mapping[str, object], keys: tuple[str, ...], *,
         kernel=gradients.weight_gradients_bwd_kernel,
         table="weight_gradients_bwd",
         types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
-        constants={**_GRID, **given} | {"HAS_EXTREMES": True, "TO_WEIGHT": False, "FULL": False},
+        constants={**_GRID, **given} | {"HAS_EXTREMES": True, "TO_WEIGHT": False, "FULL": True},
         from_key=weights.row_tile_columns,
         aligned=("N", "K", "C"),
         keys=keys,
@@ -149,6 +149,7 @@ def _norm_gradients(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Ca
 CASES = (
     _rounding("weight, rounded", _LEARNED, _MANY),
     _rounding("weight, rounded, widest", _LEARNED, _WIDEST, hot=False),
+    _rounding("weight, rounded in pieces", _LEARNED, _WIDE, pieces=3),
     _slightly_edited("weight with an edit of rank 2, codes", ("4096", "8192", "16384")),
     _edited("weight with an edit, codes", ("16", "32", "64")),
     _edited("weight with an edit of a rank over 64, codes", ("default",), hot=False),

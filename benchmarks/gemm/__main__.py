@@ -43,19 +43,24 @@ def require_green_tests() -> None:
         raise SystemExit(f"{TESTS.name} does not pass on this GPU, so nothing is timed")
 
 
-def run_child(peer: str, log: Path, arguments: Sequence[str], seconds: float, device: int) -> str | None:
-    """Run `benchmarks.gemm.measure` for a peer on one GPU; return why it did not end well, or None."""
-    command = [sys.executable, "-m", "benchmarks.gemm.measure", peer, "--log", str(log), *arguments]
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": visible[device] if visible else str(device)}
-    try:
-        done = subprocess.run(
-            command, env=env, timeout=seconds, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"stopped after {seconds:.0f} s"
-    lines = done.stderr.strip().splitlines()
-    return (lines[-1][:200] if lines else f"exit status {done.returncode}") if done.returncode else None
+class Child:
+    """`benchmarks.gemm.measure` for a peer in a process of its own, which has started and waits for its turn."""
+
+    def __init__(self, peer: str, log: Path, arguments: Sequence[str]) -> None:
+        command = [sys.executable, "-m", "benchmarks.gemm.measure", peer, "--log", str(log), *arguments]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe, text=True)
+
+    def run(self, device: int, seconds: float) -> str | None:
+        """Let it work on a GPU; return why it did not end well, or None."""
+        try:
+            _, errors = self._process.communicate(f"{device}\n", timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+            return f"stopped after {seconds:.0f} s"
+        lines, status = errors.strip().splitlines(), self._process.returncode
+        return (lines[-1][:200] if lines else f"exit status {status}") if status else None
 
 
 def compile_tuners(peers: Sequence[str], rows: Sequence[int], seconds: float, device: int) -> None:
@@ -67,7 +72,7 @@ def compile_tuners(peers: Sequence[str], rows: Sequence[int], seconds: float, de
         peer, m, shape = job
         arguments = ["--compile-only", "--shapes", str(shape), "--rows", str(m)]
         if (left := end - time.monotonic()) > 0:
-            run_child(peer, Path(os.devnull), arguments, left, device)
+            Child(peer, Path(os.devnull), arguments).run(device, left)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, jobs))
@@ -78,7 +83,8 @@ def measure_all(
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of one peer after the other.
 
-    With several GPUs, as many peers are timed at once, and the last GPU first compiles for those that are `tuning`.
+    With several GPUs, as many peers are timed at once, and the last GPU first compiles for those that are `tuning`. One
+    process more than there are GPUs has started, so that a peer is imported while another one is timed.
     """
     arguments = [] if rows is None else ["--rows", *map(str, rows)]
     free: queue.Queue[int] = queue.Queue()
@@ -92,10 +98,12 @@ def measure_all(
     def measure(peer: str) -> list[dict[str, Any]]:
         if peer in tuning:
             compiling.result()
-        device, log = free.get(), Path(folder, f"{peers.index(peer)}.jsonl")
-        print(f"timing {peer}", flush=True)
+        log = Path(folder, f"{peers.index(peer)}.jsonl")
         log.touch()
-        why = run_child(peer, log, arguments, seconds, device)
+        child = Child(peer, log, arguments)
+        device = free.get()
+        print(f"timing {peer}", flush=True)
+        why = child.run(device, seconds)
         free.put(device)
         found = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         return found + ([] if why is None else [{"peer": peer, "note": why}])

@@ -1,14 +1,17 @@
 """Times one peer, in a process of its own: one that is missing, crashes or hangs costs itself alone.
 
-`python -m benchmarks.gemm.measure PEER --log FILE` appends a JSON line a shape and number of tokens.
+`python -m benchmarks.gemm.measure PEER --log FILE` appends a JSON line a shape and number of tokens. It imports what it
+needs, which takes seconds, then waits for a line that names the GPU: a peer is ready when the one before it has ended.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +116,13 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", type=int, default=list(range(len(SHAPES))), help="indices")
     parser.add_argument("--rows", nargs="+", type=int)
     parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--device", type=int, help="index of the GPU; without it, a line of standard input says it")
     args = parser.parse_args()
+    with contextlib.suppress(ImportError):
+        PEERS[args.peer]()
+    device = args.device if args.device is not None else int(sys.stdin.readline())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device)
     shapes, rows = [SHAPES[index] for index in args.shapes], args.rows or list(rows_of(args.peer))
     if args.peer in TUNING:
         let_tuners_measure(briefly=not args.compile_only)

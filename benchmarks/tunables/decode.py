@@ -10,19 +10,28 @@ from qrealign_kernels.launches import Choice
 
 SHARED_BYTES = 220 * 2**10  # of a block on a GPU for servers; smaller ones take what fits them, and the default table
 ROW_BYTES = 144  # of a unit of a row in shared memory: kUnitStride in csrc/cuda/device.cuh
-KEYS = {f"m{tokens}": (tokens,) for tokens in (1, 2, 4, 8, 16)}
+KEYS = {
+    f"m{tokens}{suffix}": (tokens, *shapes)
+    for tokens in (2, 4, 8, 16)
+    for suffix, shapes in (("", (NARROW, LONG)), ("-wide", (WIDE,)))
+}
+HELD_KEYS = {key: shapes if key.endswith("-wide") else shapes[:2] for key, shapes in KEYS.items()}  # but LONG
 TILE_KEYS = {
     f"m{tokens}{suffix}": (tokens, *shapes)
     for tokens in (64, 128, 256, 512, 1024, 2048, 4096)
-    for suffix, shapes in (("", (NARROW, LONG)), ("-wide", (WIDE,)))
+    for suffix, shapes in (("", (NARROW,)), ("-wide", (WIDE,)), ("-long", (LONG,)))
 }
-TILES = ((64, 1, 1), (128, 1, 1), (128, 1, 2), (128, 1, 4), (128, 0, 1), (256, 0, 1), (256, 0, 2))
+TILES = (
+    *((64, 1, 1, 0), (128, 1, 1, 0), (128, 1, 2, 0), (128, 0, 1, 0), (256, 0, 1, 0), (256, 0, 2, 0)),
+    *((128, 1, 1, 1), (128, 0, 1, 1), (256, 0, 1, 1)),
+)
 
 
 def tile_candidates(key: str) -> list[Choice]:
     """Return every tile that was compiled and that the tokens fill at least by half."""
     tokens = int(key.partition("-")[0][1:])
-    return [dict(zip(("TOKENS", "SHARED_ROWS", "CLUSTER"), cut, strict=True)) for cut in TILES if cut[0] <= 2 * tokens]
+    names = ("TOKENS", "SHARED_ROWS", "CLUSTER", "SPLIT")
+    return [dict(zip(names, cut, strict=True)) for cut in TILES if cut[0] <= 2 * tokens]
 
 
 def candidates(stages: tuple[int, ...]) -> list[Choice]:
@@ -34,19 +43,19 @@ def candidates(stages: tuple[int, ...]) -> list[Choice]:
     ]
 
 
-def int4_calls(tokens: int) -> Calls:
-    """Return calls of 4-bit weights and floating point tokens."""
-    return product_calls(4, None, tokens)
+def held_candidates(key: str) -> list[Choice]:
+    """Return the cuts whose warps hold the tokens."""
+    return [{"WARPS": 16, "ROW_TILES": 0, "STAGES": stages} for stages in (3, 5)]
 
 
-def tile_calls(tokens: int, *shapes: tuple[int, int]) -> Calls:
-    """Return calls of 4-bit weights of some shapes and more floating point tokens."""
+def int4_calls(tokens: int, *shapes: tuple[int, int]) -> Calls:
+    """Return calls of 4-bit weights of some shapes and floating point tokens."""
     return product_calls(4, None, tokens, *shapes)
 
 
-def int8_calls(tokens: int) -> Calls:
-    """Return calls of 8-bit weights and tokens, which are codes already unless it is a single one."""
-    return product_calls(8, 8, tokens)
+def int8_calls(tokens: int, *shapes: tuple[int, int]) -> Calls:
+    """Return calls of 8-bit weights of some shapes and tokens."""
+    return product_calls(8, 8, tokens, *shapes)
 
 
 TUNABLES = (
@@ -58,11 +67,25 @@ TUNABLES = (
         optional=True,
     ),
     Tunable(
+        name="cuda_int4_held",
+        keys=HELD_KEYS,
+        candidates=held_candidates,
+        make_calls=int4_calls,
+        optional=True,
+    ),
+    Tunable(
+        name="cuda_int8_held",
+        keys=KEYS,
+        candidates=held_candidates,
+        make_calls=int8_calls,
+        optional=True,
+    ),
+    Tunable(
         name="cuda_int8",
         keys=KEYS,
         candidates=lambda key: candidates((2, 4)),
         make_calls=int8_calls,
         optional=True,
     ),
-    Tunable(name="cuda_int4_tile", keys=TILE_KEYS, candidates=tile_candidates, make_calls=tile_calls, optional=True),
+    Tunable(name="cuda_int4_tile", keys=TILE_KEYS, candidates=tile_candidates, make_calls=int4_calls, optional=True),
 )

@@ -17,6 +17,7 @@ from qrealign_kernels.quantized import QuantizedActivations
 
 NARROW, WIDE, LONG = (4096, 4096), (4096, 11008), (11008, 4096)  # (K, N)
 GROUP = 128
+FEW_TOKENS = 16
 # Key -> tokens, and the layers that it serves, all of which are timed.
 GEMV_KEYS = {"k4096": (1, NARROW), "k4096-wide": (1, WIDE), "k16384": (1, LONG)}
 FEW_KEYS = {
@@ -28,7 +29,7 @@ TILE_KEYS = {f"m{tokens}": (tokens, NARROW, WIDE, LONG) for tokens in (32, 64, 1
 
 
 def product_calls(num_bits: int, activation_bits: int | None, tokens: int, *shapes: tuple[int, int]) -> Calls:
-    """Return calls of the product over layers (default: all); only a single token is rounded in the call."""
+    """Return calls of the product over layers (default: all); a few tokens are rounded in the call."""
     calls: Calls = []
     shapes = shapes or (NARROW, WIDE, LONG)
     for columns, rows in shapes:
@@ -39,7 +40,7 @@ def product_calls(num_bits: int, activation_bits: int | None, tokens: int, *shap
             scale = (torch.rand(rows, groups, device="cuda") + 0.1).bfloat16()
             weight = kernels.repack_weight(codes, scale, num_bits=num_bits, activation_bits=activation_bits)
             x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
-            if activation_bits is None or tokens == 1:
+            if activation_bits is None or tokens <= FEW_TOKENS:
                 calls.append(partial(kernels.packed_linear, x, weight))
             else:
                 codes_of_x = QuantizedActivations(*kernels.quantize_per_token(x, num_bits=activation_bits), x.dtype)
@@ -72,8 +73,8 @@ def int8_few_candidates(key: str) -> list[Choice]:
     """Return tiles whose stages fit the shared memory of a GPU for servers."""
     tokens = triton_linear.few_tokens(key)["BLOCK_M"]
     return [
-        {"SPLIT": split, "BLOCK_N": rows, "BLOCK_K": k, "num_warps": split, "num_stages": stages}
-        for split, rows, k, stages in itertools.product((4, 8), (16, 32), (64, 128, 256), (3, 4))
+        {"SPLIT": split, "BLOCK_N": rows, "BLOCK_K": k, "AHEAD": ahead, "num_warps": split, "num_stages": stages}
+        for split, rows, k, ahead, stages in itertools.product((4, 8), (16, 32), (128, 256), (0, 16, 32), (3, 4))
         if split * (rows + tokens) * k * stages <= 2**18
     ]
 

@@ -14,7 +14,8 @@ constexpr int kMaxTokens = 16;
 constexpr int kMaxFusedTokens = 2;  // each block rounds all tokens again
 
 // How a launch is cut: blocks of `row_tiles` x 16 output rows, whose `warps` share K and keep `stages` units of 128 bytes a row
-// in flight each. `overlap`: the weights may be read while the kernel before still runs (compute capability 9.0).
+// in flight each. No `row_tiles`: warps hold their share of the tokens, codes or floats, in registers, and as many blocks as there are
+// multiprocessors walk over the rows; rows of at most 16 units of 4-bit weights, 96 of 8-bit ones. `overlap`: the weights may be read while the kernel before still runs (compute capability 9.0).
 struct DecodeLaunch {
   int warps;
   int row_tiles;

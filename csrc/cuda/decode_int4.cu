@@ -5,6 +5,8 @@
 // are its fragments: masking with 0x000f000f leaves a column and the one 64 further as the mantissas of two numbers whose
 // exponent comes from one OR. They are code + 8 + 2^k; what is too much leaves as a multiple of the sum of x, which one
 // more product, with ones, gives in the layout that it is needed in.
+#include <algorithm>
+
 #include "device.cuh"
 
 namespace qrealign {
@@ -151,6 +153,136 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   }
 }
 
+// The same for rows that `warps` units span, where a warp keeps its unit of the tokens in registers as the fragments they become,
+// and walks over tiles of 16 rows: tokens are fetched and turned once a multiprocessor, not once a tile.
+template <typename T, int kTokenTiles, int kStages, bool kSymmetric>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
+    decode_int4_held_kernel(const T* x, const uint8_t* codes, Element scale_element, const void* scale, const int8_t* zero_point,
+                            const T* bias, T* out, DecodeShape shape, int groups) {
+  constexpr int kTokens = kTokenTiles * kTileTokens, kUnitColumns = 2 * kUnitBytes;
+  extern __shared__ __align__(16) char shared[];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int g = lane / 4, t = lane % 4;
+  const RowRange rows(shape.rows);
+  const int group_halves = max(shape.columns / groups / 128, 1);  // halves of a unit in a group
+
+  using Stream = WeightStream<kTileRows, kStages>;
+  const auto stream_of = [&](int first_row) {
+    return Stream(shared + warp * Stream::kBytes, codes, shape.row_bytes, first_row, rows.end);
+  };
+  int ahead = rows.first;  // of the next tile to fetch
+  const auto fetch = [&](int stage) {
+    if (ahead < rows.end) {
+      stream_of(ahead).fetch(warp, stage);
+      if (lane < kTileRows && warp % 4 == 0) {  // its scales, and those of the next three warps, come from memory too
+        const size_t row = min(ahead + lane, rows.end - 1), bytes = scale_element == Element::kFloat32 ? 4 : 2;
+        const char* from = static_cast<const char*>(scale) + (row * groups + min(2 * warp / group_halves, groups - 1)) * bytes;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+      }
+    }
+    stream_of(ahead).commit();
+    ahead += kTileRows;
+  };
+  for (int stage = 0; stage < kStages; ++stage) fetch(stage);
+  float scales[2][2], points[2][2];  // [half of the unit][row g or g + 8], read one tile ahead
+  const auto read_scales = [&](int first_row) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int group = min((2 * warp + i / 2) / group_halves, groups - 1);
+      const size_t at = static_cast<size_t>(min(first_row + 8 * (i % 2) + g, rows.end - 1)) * groups + group;
+      scales[i / 2][i % 2] = read_float(scale_element, scale, at);
+      points[i / 2][i % 2] = Magic<T>::kOffset;
+      if (!kSymmetric) points[i / 2][i % 2] += zero_point[at];
+    }
+  };
+  read_scales(rows.first);
+  wait_for_kernels_before();
+
+  uint32_t held[2][kTokenTiles][8][2];  // [half][tile of tokens][word][fragment]
+  float x_sums[2][kTokenTiles][2];      // of tokens 2t and 2t + 1
+#pragma unroll
+  for (int i = 0; i < 2 * kTokenTiles; ++i) {
+    const int half = i / kTokenTiles, n = i % kTokenTiles, token = n * kTileTokens + g;
+    uint4 values[4] = {};  // 8 columns of the 4 planes
+#pragma unroll
+    for (int plane = 0; plane < 4; ++plane) {
+      const int column = warp * kUnitColumns + (4 * half + plane) * kPlane + 8 * t;
+      if (token < shape.tokens && column < shape.columns) {
+        values[plane] = load(x + static_cast<size_t>(token) * shape.columns + column);
+      }
+    }
+    float sums[4] = {};
+#pragma unroll
+    for (int word = 0; word < 8; ++word) {
+      const int selector = word % 2 ? 0x7632 : 0x5410;
+      constexpr uint32_t kOnes = Magic<T>::kOnes;
+      uint32_t(&pair)[2] = held[half][n][word];
+      pair[0] = __byte_perm(word_of(values[0], word / 2), word_of(values[2], word / 2), selector);
+      pair[1] = __byte_perm(word_of(values[1], word / 2), word_of(values[3], word / 2), selector);
+      multiply<T>(sums, kOnes, kOnes, kOnes, kOnes, pair[0], pair[1]);
+    }
+    x_sums[half][n][0] = sums[0];
+    x_sums[half][n][1] = sums[1];
+  }
+  let_next_kernel_start();
+
+  float* const all = reinterpret_cast<float*>(shared + warps * Stream::kBytes);  // [2][warps][kTokens][kPitch]
+  int stage = 0, turn = 0;
+  for (int first_row = rows.first; first_row < rows.end; first_row += kTileRows) {
+    const Stream stream = stream_of(first_row);
+    stream.wait();
+    float totals[kTokenTiles][4] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sums[kTokenTiles][4] = {};
+#pragma unroll
+      for (int four = 0; four < 2; ++four) {
+        const uint4 upper_words = stream.chunk(stage, g, 2 * t + four), lower_words = stream.chunk(stage, 8 + g, 2 * t + four);
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+          const uint32_t upper = word_of(upper_words, word), lower = word_of(lower_words, word);
+          const uint32_t a0 = decode<T>(upper, half), a1 = decode<T>(lower, half);
+          const uint32_t a2 = decode<T>(upper, half + 2), a3 = decode<T>(lower, half + 2);
+#pragma unroll
+          for (int n = 0; n < kTokenTiles; ++n) {
+            const uint32_t(&pair)[2] = held[half][n][4 * four + word];
+            multiply<T>(sums[n], a0, a1, a2, a3, pair[0], pair[1]);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kTokenTiles * 4; ++i) {
+        const int n = i / 4, row = i % 4 / 2;
+        totals[n][i % 4] += scales[half][row] * (sums[n][i % 4] - points[half][row] * x_sums[half][n][i % 2]);
+      }
+    }
+    __syncwarp();
+    fetch(stage);
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+    if (first_row + kTileRows < rows.end) read_scales(first_row + kTileRows);
+
+    // Two places by turns: one barrier a tile keeps a warp from writing where another still reads.
+    float* const place = all + turn * warps * kTokens * kPitch;
+    turn ^= 1;
+#pragma unroll
+    for (int i = 0; i < kTokenTiles * 4; ++i) {
+      const int token = i / 4 * kTileTokens + 2 * t + i % 2;
+      place[(warp * kTokens + token) * kPitch + i % 4 / 2 * 8 + g] = totals[i / 4][i % 4];
+    }
+    __syncthreads();
+    // Other warps by turns: those that add come last to the next tile.
+    for (int i = (threadIdx.x + turn * blockDim.x / 2) % blockDim.x; i < kTileRows * shape.tokens; i += blockDim.x) {
+      const int token = i / kTileRows, row = first_row + i % kTileRows;
+      if (row >= rows.end) continue;
+      float total = 0.0f;
+#pragma unroll 8
+      for (int w = 0; w < warps; ++w) total += place[(w * kTokens + token) * kPitch + i % kTileRows];
+      if (bias) total += to_float(bias[row]);
+      out[static_cast<size_t>(token) * shape.rows + row] = from_float<T>(total);
+    }
+  }
+}
+
 template <typename T, int kRowTiles, int kStages>
 int launch(const void* x, const void* codes, Element scale_element, const void* scale, const int8_t* zero_point,
            const void* bias, void* out, DecodeShape shape, int groups, DecodeLaunch launch, void* stream) {
@@ -166,9 +298,25 @@ int launch(const void* x, const void* codes, Element scale_element, const void* 
                        zero_point, static_cast<const T*>(bias), static_cast<T*>(out), shape, groups);
 }
 
+template <typename T, int kStages>
+int launch_held(const void* x, const void* codes, Element scale_element, const void* scale, const int8_t* zero_point,
+                const void* bias, void* out, DecodeShape shape, int groups, DecodeLaunch launch, void* stream) {
+  const bool wide = shape.tokens > kTileTokens, symmetric = zero_point == nullptr;
+  const auto kernel = wide ? (symmetric ? decode_int4_held_kernel<T, 2, kStages, true> : decode_int4_held_kernel<T, 2, kStages, false>)
+                           : (symmetric ? decode_int4_held_kernel<T, 1, kStages, true> : decode_int4_held_kernel<T, 1, kStages, false>);
+  const int units = (shape.row_bytes + kUnitBytes - 1) / kUnitBytes, tiles = (shape.rows + kTileRows - 1) / kTileRows;
+  if (units > kMaxWarps) return -1;
+  const Layout layout = {dim3(std::min(tiles, multiprocessors())), dim3(units * kWarp),
+                         held_bytes(units, kStages, wide ? 2 * kTileTokens : kTileTokens), launch.overlap};
+  return launch_kernel(kernel, layout, stream, static_cast<const T*>(x), static_cast<const uint8_t*>(codes), scale_element, scale,
+                       zero_point, static_cast<const T*>(bias), static_cast<T*>(out), shape, groups);
+}
+
 template <typename T>
 auto find_launch(DecodeLaunch cut) {
   using Launch = decltype(&launch<T, 1, 2>);
+  if (cut.row_tiles == 0 && cut.stages == 3) return launch_held<T, 3>;
+  if (cut.row_tiles == 0 && cut.stages == 5) return launch_held<T, 5>;
   if (cut.row_tiles == 1 && cut.stages == 2) return launch<T, 1, 2>;
   if (cut.row_tiles == 1 && cut.stages == 3) return launch<T, 1, 3>;
   if (cut.row_tiles == 2 && cut.stages == 2) return launch<T, 2, 2>;

@@ -2,6 +2,8 @@
 //
 // A unit is 16 rows x 128 columns: thread (g, t) of a warp takes chunks t and t + 4 (16 bytes each) of rows g and g + 8, and of
 // token g. As in decode_int4.cu, these words are the fragments of tensor-core products as they come.
+#include <algorithm>
+
 #include "device.cuh"
 
 namespace qrealign {
@@ -43,6 +45,15 @@ __device__ __forceinline__ float scale_of(float largest) {
 
 __device__ __forceinline__ int8_t code_of(float value, float scale) {
   return static_cast<int8_t>(min(max(__float2int_rn(__fdiv_rn(value, scale)), -128), 127));
+}
+
+template <typename T>
+__device__ __forceinline__ void store_scaled(int sum, int row, int token, const float* x_scale, Element scale_element,
+                                             const void* scale, const T* bias, T* out, const DecodeShape& shape) {
+  // Without the contraction of product and sum that nvcc would make: the reference rounds after each of them.
+  float value = __fmul_rn(__fmul_rn(static_cast<float>(sum), read_float(scale_element, scale, row)), x_scale[token]);
+  if (bias) value = __fadd_rn(value, to_float(bias[row]));
+  out[static_cast<size_t>(token) * shape.rows + row] = from_float<T>(value);
 }
 
 // With kFused, x is of T and rounded here; else it is int8 and x_scale its scales.
@@ -131,10 +142,85 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     if (row >= shape.rows) continue;
     int sum = 0;
     for (int w = 0; w < warps; ++w) sum += warp_sums[w * kTokens * kRows + i];
-    // Without the contraction of product and sum that nvcc would make: the reference rounds after each of them.
-    float value = __fmul_rn(__fmul_rn(static_cast<float>(sum), read_float(scale_element, scale, row)), x_scale[token]);
-    if (bias) value = __fadd_rn(value, to_float(bias[row]));
-    out[static_cast<size_t>(token) * shape.rows + row] = from_float<T>(value);
+    store_scaled(sum, row, token, x_scale, scale_element, scale, bias, out, shape);
+  }
+}
+
+// The same for codes, where a warp keeps its units of the tokens, at most kUnits, in registers and walks over tiles of 16 rows: tokens
+// are fetched once a multiprocessor, not once a tile.
+template <typename T, int kTokenTiles, int kUnits, int kStages>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
+    decode_int8_held_kernel(const int8_t* x, const float* x_scale, const uint8_t* codes, Element scale_element, const void* scale,
+                            const T* bias, T* out, DecodeShape shape) {
+  constexpr int kTokens = kTokenTiles * kTileTokens;
+  extern __shared__ __align__(16) char shared[];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int g = lane / 4, t = lane % 4;
+  const RowRange rows(shape.rows);
+
+  using Stream = WeightStream<kTileRows, kStages>;
+  int ahead_row = rows.first, ahead = 0;  // the next unit to fetch; what lies behind a row's end or the last row is read as zeros
+  const auto fetch = [&](int stage) {
+    const Stream stream(shared + warp * Stream::kBytes, codes, shape.row_bytes, ahead_row, rows.end);
+    stream.fetch(warp + ahead * warps, stage);
+    stream.commit();
+    if (++ahead == kUnits) ahead = 0, ahead_row += kTileRows;
+  };
+  for (int stage = 0; stage < kStages; ++stage) fetch(stage);
+  wait_for_kernels_before();
+
+  uint4 held[kUnits][kTokenTiles][2] = {};
+#pragma unroll
+  for (int i = 0; i < kUnits * kTokenTiles * 2; ++i) {
+    const int unit = warp + i / (2 * kTokenTiles) * warps, n = i / 2 % kTokenTiles;
+    const int token = n * kTileTokens + g, column = unit * kUnitBytes + (t + i % 2 * 4) * kChunk;
+    if (token < shape.tokens && column < shape.columns) {
+      held[i / (2 * kTokenTiles)][n][i % 2] = load(x + static_cast<size_t>(token) * shape.columns + column);
+    }
+  }
+  let_next_kernel_start();
+
+  const Stream stream(shared + warp * Stream::kBytes, codes, shape.row_bytes, 0, rows.end);
+  int* const all = reinterpret_cast<int*>(shared + warps * Stream::kBytes);  // [2][warps][kTokens][kPitch]
+  int stage = 0, turn = 0;
+  for (int first_row = rows.first; first_row < rows.end; first_row += kTileRows) {
+    int sums[kTokenTiles][4] = {};
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit) {
+      stream.wait();
+#pragma unroll
+      for (int chunk = 0; chunk < 2; ++chunk) {
+        const uint4 upper = stream.chunk(stage, g, t + 4 * chunk), lower = stream.chunk(stage, 8 + g, t + 4 * chunk);
+#pragma unroll
+        for (int n = 0; n < kTokenTiles; ++n) {
+          const uint4 values = held[unit][n][chunk];
+          multiply(sums[n], upper.x, lower.x, upper.y, lower.y, values.x, values.y);
+          multiply(sums[n], upper.z, lower.z, upper.w, lower.w, values.z, values.w);
+        }
+      }
+      __syncwarp();
+      fetch(stage);
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+    }
+
+    // Two places by turns: one barrier a tile keeps a warp from writing where another still reads.
+    int* const place = all + turn * warps * kTokens * kPitch;
+    turn ^= 1;
+#pragma unroll
+    for (int i = 0; i < kTokenTiles * 4; ++i) {
+      const int token = i / 4 * kTileTokens + 2 * t + i % 2;
+      place[(warp * kTokens + token) * kPitch + i % 4 / 2 * 8 + g] = sums[i / 4][i % 4];
+    }
+    __syncthreads();
+    // Other warps by turns: those that add come last to the next tile.
+    for (int i = (threadIdx.x + turn * blockDim.x / 2) % blockDim.x; i < kTileRows * shape.tokens; i += blockDim.x) {
+      const int token = i / kTileRows, row = first_row + i % kTileRows;
+      if (row >= rows.end) continue;
+      int sum = 0;
+#pragma unroll 8
+      for (int w = 0; w < warps; ++w) sum += place[(w * kTokens + token) * kPitch + i % kTileRows];
+      store_scaled(sum, row, token, x_scale, scale_element, scale, bias, out, shape);
+    }
   }
 }
 
@@ -173,9 +259,26 @@ int launch(bool fused, const void* x, const float* x_scale, const void* codes, E
                        static_cast<T*>(out), shape);
 }
 
+template <typename T, int kStages>
+int launch_held(bool fused, const void* x, const float* x_scale, const void* codes, Element scale_element, const void* scale,
+                const void* bias, void* out, DecodeShape shape, DecodeLaunch launch, void* stream) {
+  const int units = (shape.row_bytes + kUnitBytes - 1) / kUnitBytes, warps = std::min(units, kMaxWarps);
+  if (fused || units > 6 * kMaxWarps) return -1;
+  const bool wide = shape.tokens > kTileTokens, many = units > 2 * kMaxWarps;
+  const auto kernel = wide ? (many ? decode_int8_held_kernel<T, 2, 6, kStages> : decode_int8_held_kernel<T, 2, 2, kStages>)
+                           : (many ? decode_int8_held_kernel<T, 1, 6, kStages> : decode_int8_held_kernel<T, 1, 2, kStages>);
+  const int tiles = (shape.rows + kTileRows - 1) / kTileRows;
+  const Layout layout = {dim3(std::min(tiles, multiprocessors())), dim3(warps * kWarp),
+                         held_bytes(warps, kStages, wide ? 2 * kTileTokens : kTileTokens), launch.overlap};
+  return launch_kernel(kernel, layout, stream, static_cast<const int8_t*>(x), x_scale, static_cast<const uint8_t*>(codes),
+                       scale_element, scale, static_cast<const T*>(bias), static_cast<T*>(out), shape);
+}
+
 template <typename T>
 auto find_launch(DecodeLaunch cut) {
   using Launch = decltype(&launch<T, 1, 2>);
+  if (cut.row_tiles == 0 && cut.stages == 3) return launch_held<T, 3>;
+  if (cut.row_tiles == 0 && cut.stages == 5) return launch_held<T, 5>;
   if (cut.row_tiles == 1 && cut.stages == 2) return launch<T, 1, 2>;
   if (cut.row_tiles == 1 && cut.stages == 4) return launch<T, 1, 4>;
   if (cut.row_tiles == 2 && cut.stages == 2) return launch<T, 2, 2>;

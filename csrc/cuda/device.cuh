@@ -17,6 +17,7 @@ constexpr int kTileRows = 16;      // output rows of one tensor-core product
 constexpr int kTileTokens = 8;     // tokens of one
 constexpr int kUnitBytes = 128;    // of each weight row that a warp works on at once
 constexpr int kChunk = 16;         // bytes of one load
+constexpr int kPitch = 20;         // numbers between tokens of a warp's sums in shared memory: a warp's meet all banks once
 constexpr int kUnitStride = 144;   // bytes between rows in shared memory: eight rows' chunks meet all banks once
 
 __device__ __forceinline__ uint4 load(const void* address) { return *static_cast<const uint4*>(address); }
@@ -135,6 +136,26 @@ inline int shared_bytes(int warps, int rows, int stages, int tokens) {
   const int streams = rows * kUnitStride * stages, sums = rows * tokens * static_cast<int>(sizeof(float));
   return warps * (streams > sums ? streams : sums);
 }
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+// What a block needs that walks over tiles of rows: its warps' streams, and two places for their sums.
+inline int held_bytes(int warps, int stages, int tokens) {
+  return warps * (stages * kTileRows * kUnitStride + 2 * tokens * kPitch * static_cast<int>(sizeof(float)));
+}
+
+// The rows of a block that walks over tiles of them: each block has as many as another, but for one, so that all end together.
+struct RowRange {
+  int first, end;
+
+  __device__ explicit RowRange(int rows)
+      : first(static_cast<int64_t>(blockIdx.x) * rows / gridDim.x), end(static_cast<int64_t>(blockIdx.x + 1) * rows / gridDim.x) {}
+};
 
 // How a kernel is laid out on the GPU; `overlap` permits it to start before the kernel ahead in the stream has ended.
 struct Layout {

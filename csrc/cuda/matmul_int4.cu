@@ -23,13 +23,69 @@ constexpr int kNoShift = 30;                                     // puts every h
 template <int kTokens>
 constexpr int kStages = kTokens == 256 ? 4 : 8;
 
-// The tiles of a product, one row of tiles after the other; a block takes every gridDim.x-th.
+// The tiles of a product, one row of tiles after the other.
 struct Tiles {
   int of_rows;  // in a row of them, a multiple of the cluster
   int all;
 
   __device__ int row(int tile) const { return tile % of_rows; }
   __device__ int token(int tile) const { return tile / of_rows; }
+};
+
+// Where blocks that split a tile leave their sums, and how many of them have.
+struct Runs {
+  float4* sums;   // [block][2 places][kTokens / 8][kWorkers]
+  int* arrivals;  // [split tiles], zero before and after
+};
+
+// A run of a tile's blocks of 256 columns, and what comes after it. A block of threads takes every gridDim.x-th tile; with kSplit, what
+// is left for fewer than all is cut into as many runs of like length: the end of one tile and the beginning of the next.
+template <bool kSplit>
+class Work {
+ public:
+  int tile, first, end;  // the present run
+
+  __device__ Work(int tiles, int blocks) : tiles_(tiles), blocks_(blocks), next_(blockIdx.x) {
+    const int grid = gridDim.x;
+    whole_ = kSplit ? tiles / grid * grid : tiles;
+    if (kSplit) {
+      left_ = (tiles - whole_) * blocks;
+      runs_ = min(grid, left_);  // none is empty
+      at_ = begin(min(static_cast<int>(blockIdx.x), runs_));
+      stop_ = begin(min(static_cast<int>(blockIdx.x) + 1, runs_));
+    }
+    advance();
+  }
+
+  __device__ bool done() const { return tile >= tiles_; }
+  __device__ bool is_whole() const { return !kSplit || end - first == blocks_; }
+
+  __device__ void advance() {
+    tile = next_, first = 0, end = blocks_;
+    if (tile < whole_) {
+      next_ += gridDim.x;
+    } else if (kSplit && at_ < stop_) {
+      tile = whole_ + at_ / blocks_;
+      first = at_ % blocks_;
+      end = min(blocks_, first + stop_ - at_);
+      at_ += end - first;
+    } else {
+      tile = tiles_;
+    }
+  }
+
+  __device__ int split_tile() const { return tile - whole_; }
+
+  // The first and the last block of threads that has a run of the present tile.
+  __device__ int first_owner() const { return owner(split_tile() * blocks_); }
+  __device__ int last_owner() const { return owner((split_tile() + 1) * blocks_ - 1); }
+
+ private:
+  // Where a block of threads begins in what is left, and the last one that begins at or before a place there.
+  __device__ int begin(int64_t owner) const { return runs_ ? owner * left_ / runs_ : 0; }
+  __device__ int owner(int64_t place) const { return ((place + 1) * runs_ - 1) / left_; }
+
+  int tiles_, blocks_, next_, whole_, left_, runs_, at_, stop_;
 };
 
 // What a thread has of a block of its two rows: words as they lie, scales and zero points of the block's halves.
@@ -81,22 +137,56 @@ struct Halves {
 __device__ __forceinline__ void meet_workers() { asm volatile("bar.sync 1, %0;" ::"n"(kWorkers) : "memory"); }
 
 // Has tile after tile of the tokens brought, each when all blocks of the cluster have done with what lies in its place.
-template <int kTokens, int kCluster>
+template <int kTokens, int kCluster, bool kSplit>
 __device__ __forceinline__ void bring_tokens(const CUtensorMap* map, uint32_t ring, const uint64_t* full, const uint64_t* empty,
-                                             int steps, Tiles tiles) {
+                                             Work<kSplit> work, Tiles tiles) {
   constexpr int kStageBytes = kTokens * kStepBytes, kShare = kTokens / kCluster;
   const int rank = kCluster > 1 ? block_of_cluster() : 0;
   int stage = 0, parity = 1;
-  for (int tile = blockIdx.x; tile < tiles.all; tile += gridDim.x) {
-    for (int step = 0; step < steps; ++step) {
+  for (; !work.done(); work.advance()) {
+    for (int step = work.first * (kBlock / kStep); step < work.end * (kBlock / kStep); ++step) {
       const Barrier here{shared_address(full + stage)};
       Barrier{shared_address(empty + stage)}.wait(parity);
       here.expect(kStageBytes);
       copy_tile<kCluster>(ring + stage * kStageBytes + rank * (kStageBytes / kCluster), map, here, step * kStep,
-                          tiles.token(tile) * kTokens + rank * kShare);
+                          tiles.token(work.tile) * kTokens + rank * kShare);
       if (++stage == kStages<kTokens>) stage = 0, parity ^= 1;
     }
   }
+}
+
+// Leaves the sums of a run for whoever comes last to the tile, or, if that is this block, adds those of all runs, in their order: the
+// same bits every time. Returns whether it was the last.
+template <int kTokens>
+__device__ __forceinline__ bool join_runs(float (&sums)[kTokens / 2], const Work<true>& work, Runs runs, int* arrived) {
+  constexpr int kFours = kTokens / 8;
+  const int first = work.first_owner(), count = work.last_owner() - first + 1;
+  const auto place = [&](int block) {  // a block's second place is for the run that a tile begins with
+    return runs.sums + static_cast<size_t>(2 * block + (block == first)) * kFours * kWorkers + threadIdx.x;
+  };
+  float4* const mine = place(blockIdx.x);
+#pragma unroll
+  for (int i = 0; i < kFours; ++i) {
+    __stcg(mine + i * kWorkers, make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
+  }
+  __threadfence();
+  meet_workers();
+  if (threadIdx.x == 0) *arrived = atomicAdd(runs.arrivals + work.split_tile(), 1);
+  meet_workers();
+  if (*arrived != count - 1) return false;
+  __threadfence();
+  if (threadIdx.x == 0) runs.arrivals[work.split_tile()] = 0;
+#pragma unroll
+  for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.0f;
+  for (int run = 0; run < count; ++run) {
+    const float4* from = place(first + run);
+#pragma unroll
+    for (int i = 0; i < kFours; ++i) {
+      const float4 four = __ldcg(from + i * kWorkers);
+      sums[4 * i] += four.x, sums[4 * i + 1] += four.y, sums[4 * i + 2] += four.z, sums[4 * i + 3] += four.w;
+    }
+  }
+  return true;
 }
 
 // Adds the biases of the thread's rows to a tile, and the halves of groups that share rows; turns it over in `place`, of shared
@@ -153,11 +243,11 @@ __device__ __forceinline__ void store_tile(float (&sums)[kTokens / 2], char* pla
   meet_workers();  // the place is free again
 }
 
-template <int kTokens, bool kSharedRows, int kCluster, bool kSymmetric>
+template <int kTokens, bool kSharedRows, int kCluster, bool kSplit, bool kSymmetric>
 __global__ void __launch_bounds__(kThreads, 1)
     matmul_int4_kernel(const __grid_constant__ CUtensorMap x_map, const uint32_t* codes, const __nv_bfloat16* scale,
                        const int8_t* zero_point, const __nv_bfloat16* bias, __nv_bfloat16* out, TileShape shape, int group_shift,
-                       Tiles tiles) {
+                       Tiles tiles, Runs runs) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   constexpr int kRows = kSharedRows ? kGroupRows : 2 * kGroupRows, kDepth = kStages<kTokens>, kStride = kSharedRows ? 2 : 1;
   constexpr int kStageBytes = kTokens * kStepBytes;
@@ -165,8 +255,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   char* const ring = shared + (-shared_address(shared) & 1023);
   char* const result = ring + kDepth * kStageBytes;
   __shared__ __align__(8) uint64_t full[kDepth], empty[kDepth];
+  __shared__ int arrived;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = threadIdx.x / kGroupThreads;
   const int blocks = shape.row_bytes / (kBlock / 2), row_words = shape.row_bytes / 4;
+  Work<kSplit> work(tiles.all, blocks);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kDepth; ++i) {
       Barrier{shared_address(full + i)}.init(1);
@@ -184,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     wait_for_kernels_before();
     if (threadIdx.x == kWorkers) {
-      bring_tokens<kTokens, kCluster>(&x_map, shared_address(ring), full, empty, blocks * (kBlock / kStep), tiles);
+      bring_tokens<kTokens, kCluster, kSplit>(&x_map, shared_address(ring), full, empty, work, tiles);
     }
     __syncwarp();
   } else {
@@ -213,15 +305,15 @@ __global__ void __launch_bounds__(kThreads, 1)
       return fetched;
     };
     int stage = kSharedRows ? group : 0, parity = 0;
-    take(blockIdx.x);
-    Fetched next = fetch(0);
-    for (int tile = blockIdx.x; tile < tiles.all; tile += gridDim.x) {
+    take(work.tile);
+    Fetched next = fetch(work.first);
+    while (!work.done()) {
       float sums[kTokens / 2] = {};
       Halves<kSharedRows> here(next, group);
-      next = fetch(min(1, blocks - 1));
+      next = fetch(min(work.first + 1, work.end - 1));
       uint32_t left[2][4][4];  // of a step's four products, by turns: one is multiplied while the other is made
       here.decode(left[0], 0);
-      for (int block = 0; block < blocks; ++block) {
+      for (int block = work.first; block < work.end; ++block) {
 #pragma unroll
         for (int i = 0; i < kBlock / kStep / kStride; ++i) {
           Barrier{shared_address(full + stage)}.wait(parity);
@@ -234,7 +326,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             here.decode(left[(i + 1) % 2], i + 1);
           } else {  // what is made behind the last block is never multiplied
             here = Halves<kSharedRows>(next, group);
-            next = fetch(min(block + 2, blocks - 1));
+            next = fetch(min(block + 2, work.end - 1));
             here.decode(left[(i + 1) % 2], 0);
           }
           finish_products();
@@ -244,14 +336,19 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       const float upper = bias ? to_float(bias[rows[0]]) : 0.0f, lower = bias ? to_float(bias[rows[1]]) : 0.0f;
-      if (tile + static_cast<int>(gridDim.x) < tiles.all) {  // on its way while the result is stored
-        take(tile + gridDim.x);
-        next = fetch(0);
+      const Work<kSplit> done = work;
+      work.advance();
+      if (!work.done()) {  // on its way while the result is stored
+        take(work.tile);
+        next = fetch(work.first);
       } else {
         let_next_kernel_start();
       }
-      store_tile<kTokens, kSharedRows>(sums, result, upper, lower, row_of_tile, tiles.token(tile) * kTokens, tiles.row(tile) * kRows,
-                                       out, shape);
+      if constexpr (kSplit) {
+        if (!done.is_whole() && !join_runs<kTokens>(sums, done, runs, &arrived)) continue;
+      }
+      store_tile<kTokens, kSharedRows>(sums, result, upper, lower, row_of_tile, tiles.token(done.tile) * kTokens,
+                                       tiles.row(done.tile) * kRows, out, shape);
     }
   }
   if constexpr (kCluster > 1) meet_cluster();  // no block leaves while another still arrives at its barriers
@@ -270,16 +367,9 @@ EncodeTiled find_encoder() {
   return code == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(found) : nullptr;
 }
 
-int multiprocessors() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
-template <int kTokens, bool kSharedRows, int kCluster>
+template <int kTokens, bool kSharedRows, int kCluster, bool kSplit>
 int launch(const void* x, const void* codes, const void* scale, const int8_t* zero_point, const void* bias, void* out,
-           TileShape shape, void* stream) {
+           TileShape shape, Runs runs, void* stream) {
   static const EncodeTiled encode = find_encoder();
   if (!encode) return static_cast<int>(cudaErrorNotSupported);
   CUtensorMap map;
@@ -299,30 +389,36 @@ int launch(const void* x, const void* codes, const void* scale, const int8_t* ze
   if (shape.groups == 1) group_shift = kNoShift;
   const int row_tiles = ((shape.rows + kRows - 1) / kRows + kCluster - 1) / kCluster * kCluster;
   const Tiles tiles = {row_tiles, row_tiles * ((shape.tokens + kTokens - 1) / kTokens)};
-  const auto kernel = zero_point ? matmul_int4_kernel<kTokens, kSharedRows, kCluster, false>
-                                 : matmul_int4_kernel<kTokens, kSharedRows, kCluster, true>;
-  const dim3 blocks(std::min(tiles.all, multiprocessors() / kCluster * kCluster));
+  const auto kernel = zero_point ? matmul_int4_kernel<kTokens, kSharedRows, kCluster, kSplit, false>
+                                 : matmul_int4_kernel<kTokens, kSharedRows, kCluster, kSplit, true>;
+  const int most = multiprocessors() / kCluster * kCluster;
+  const dim3 blocks(kSplit ? most : std::min(tiles.all, most));
   const Layout layout = {blocks, dim3(kThreads), kRing + std::max(kResult, kHalves) + kAlignment, true, kCluster};
   return launch_kernel(kernel, layout, stream, map, static_cast<const uint32_t*>(codes), static_cast<const __nv_bfloat16*>(scale),
                        zero_point, static_cast<const __nv_bfloat16*>(bias), static_cast<__nv_bfloat16*>(out), shape, group_shift,
-                       tiles);
+                       tiles, runs);
 }
 
 }  // namespace
 
 int matmul_int4(const void* x, const void* codes, const void* scale, const int8_t* zero_point, const void* bias, void* out,
-                TileShape shape, TileLaunch cut, void* stream) {
-  const auto is = [&](int tokens, bool shared_rows, int cluster) {
-    return cut.tokens == tokens && cut.shared_rows == shared_rows && cut.cluster == cluster;
+                TileShape shape, TileLaunch cut, float* sums, int* arrivals, void* stream) {
+  const bool split = sums != nullptr;
+  const auto is = [&](int tokens, bool shared_rows, int cluster, bool splits) {
+    return cut.tokens == tokens && cut.shared_rows == shared_rows && cut.cluster == cluster && split == splits;
   };
-  const auto run = [&](auto launch) { return launch(x, codes, scale, zero_point, bias, out, shape, stream); };
-  if (is(64, true, 1)) return run(launch<64, true, 1>);
-  if (is(128, true, 1)) return run(launch<128, true, 1>);
-  if (is(128, true, 2)) return run(launch<128, true, 2>);
-  if (is(128, true, 4)) return run(launch<128, true, 4>);
-  if (is(128, false, 1)) return run(launch<128, false, 1>);
-  if (is(256, false, 1)) return run(launch<256, false, 1>);
-  if (is(256, false, 2)) return run(launch<256, false, 2>);
+  const auto run = [&](auto launch) {
+    return launch(x, codes, scale, zero_point, bias, out, shape, {reinterpret_cast<float4*>(sums), arrivals}, stream);
+  };
+  if (is(64, true, 1, false)) return run(launch<64, true, 1, false>);
+  if (is(128, true, 1, false)) return run(launch<128, true, 1, false>);
+  if (is(128, true, 1, true)) return run(launch<128, true, 1, true>);
+  if (is(128, true, 2, false)) return run(launch<128, true, 2, false>);
+  if (is(128, false, 1, false)) return run(launch<128, false, 1, false>);
+  if (is(128, false, 1, true)) return run(launch<128, false, 1, true>);
+  if (is(256, false, 1, false)) return run(launch<256, false, 1, false>);
+  if (is(256, false, 1, true)) return run(launch<256, false, 1, true>);
+  if (is(256, false, 2, false)) return run(launch<256, false, 2, false>);
   return -1;
 }
 

@@ -1,7 +1,7 @@
 """Quantization ops of qrealign: each with its definition in PyTorch, Triton kernels for GPUs and C++ for CPUs."""
 
 from qrealign_kernels.attention_ops import decode_attention, prompt_attention
-from qrealign_kernels.backend import BackendUnavailableError, build_info, use_backend
+from qrealign_kernels.backend import build_info, use_backend
 from qrealign_kernels.block_ops import add_rms_norm, add_rms_norm_quantize, gather_rows, silu_mul
 from qrealign_kernels.calibration_ops import (
     encode_weight,
@@ -11,6 +11,7 @@ from qrealign_kernels.calibration_ops import (
     silu_mul_fake_quant,
     silu_mul_quantize,
 )
+from qrealign_kernels.interface import BackendUnavailableError
 from qrealign_kernels.linear_ops import int8_matmul, int8_matmul_dx, packed_linear, repack_weight
 from qrealign_kernels.ops import (
     dequantize_weight,

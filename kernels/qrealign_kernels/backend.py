@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from qrealign_kernels import cpu, cpu_linear, cuda, triton_common
-from qrealign_kernels.interface import REFERENCE, Backend
+from qrealign_kernels.interface import REFERENCE, Backend, BackendUnavailableError
 
 BACKENDS = ("triton", "cpu", "reference")
-
-
-class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name and cannot be used here; the message says why."""
+_CHOSEN = "(chosen by use_backend or QREALIGN_BACKEND)"
 
 
 class BackendChoice:
@@ -74,10 +71,10 @@ def backend_for(tensor: Tensor) -> Backend:
     _require(_requested)
     on_cpu = tensor.device.type == "cpu"
     if _requested == "cpu" and not on_cpu:
-        raise BackendUnavailableError(f"backend 'cpu' was asked for, but a tensor is on {tensor.device}")
+        raise BackendUnavailableError(f"backend 'cpu' was asked for, but a tensor is on {tensor.device} {_CHOSEN}")
     if _requested == "triton" and on_cpu and not triton_common.interpreting():
         raise BackendUnavailableError(
-            "backend 'triton' was asked for, but a tensor is on the CPU and TRITON_INTERPRET is not 1"
+            f"backend 'triton' was asked for, but a tensor is on the CPU and TRITON_INTERPRET is not 1 {_CHOSEN}"
         )
     return _load(_requested)
 
@@ -92,9 +89,9 @@ def _preferred(tensor: Tensor) -> str:
 
 def _require(name: str) -> None:
     if name not in BACKENDS:
-        raise BackendUnavailableError(f"unknown backend {name!r}: use one of {', '.join(BACKENDS)}")
+        raise BackendUnavailableError(f"unknown backend {name!r}: use one of {', '.join(BACKENDS)} {_CHOSEN}")
     if (reason := unavailable_reason(name)) is not None:
-        raise BackendUnavailableError(f"backend {name!r} was asked for but is not usable: {reason}")
+        raise BackendUnavailableError(f"backend {name!r} was asked for but is not usable: {reason} {_CHOSEN}")
 
 
 def _load(name: str) -> Backend:

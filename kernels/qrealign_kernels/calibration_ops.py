@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qrealign_kernels.autograd_calibration import RmsNormFakeQuantFunction, SiluMulFakeQuantFunction
 from qrealign_kernels.backend import backend_for
+from qrealign_kernels.operators import opaque
 from qrealign_kernels.ops import check_activation, check_transform, check_weight, empty_codes
 from qrealign_kernels.quantized import QuantizedActivations
 from qrealign_kernels.reference_block import normed_dtype
@@ -209,18 +210,8 @@ def _silu_mul_quantize(gate: Tensor, up: Tensor, num_bits: int) -> tuple[Tensor,
         return backend_for(gate).silu_mul_quantize(gate, up, num_bits=num_bits)
 
 
-_rms_norm_quantize_op = torch.library.custom_op("qrealign::rms_norm_quantize", _rms_norm_quantize, mutates_args=())
-_silu_mul_quantize_op = torch.library.custom_op("qrealign::silu_mul_quantize", _silu_mul_quantize, mutates_args=())
-
-
-@_rms_norm_quantize_op.register_fake
-def _(x: Tensor, weight: Tensor, eps: float, offset: float, num_bits: int) -> tuple[Tensor, Tensor]:
-    return empty_codes(x)
-
-
-@_silu_mul_quantize_op.register_fake
-def _(gate: Tensor, up: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
-    return empty_codes(gate)
+_rms_norm_quantize_op = opaque(_rms_norm_quantize, lambda x, *_: empty_codes(x))
+_silu_mul_quantize_op = opaque(_silu_mul_quantize, lambda gate, *_: empty_codes(gate))
 
 
 def check_norm(x: Tensor, weight: Tensor, num_bits: int = 8) -> None:

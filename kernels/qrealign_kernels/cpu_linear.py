@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qrealign_kernels import native
+from qrealign_kernels.interface import BackendUnavailableError
 from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
 
 _module, UNAVAILABLE_REASON = native.load_extension()
@@ -35,9 +36,16 @@ def isa() -> str:
     """Return the instruction set of the products on this machine, or "none" without the extension.
 
     Raises:
-        ValueError: QREALIGN_CPU_ISA names one that this machine does not have.
+        BackendUnavailableError: QREALIGN_CPU_ISA names one that this machine does not have.
     """
-    return "none" if _C is None else str(_C.linear_isa(ISA))
+    if _C is None:
+        return "none"
+    try:
+        return str(_C.linear_isa(ISA))
+    except ValueError as error:
+        raise BackendUnavailableError(
+            f"QREALIGN_CPU_ISA={ISA}: {error}; unset it, or name scalar, avx2, avx512vnni or amx"
+        ) from error
 
 
 def repack_weight(
@@ -101,6 +109,7 @@ def packed_linear(
 
     Raises:
         ValueError: the weight lies as another device's kernels read it.
+        BackendUnavailableError: QREALIGN_CPU_ISA names an instruction set that this machine does not have.
     """
     if weight.layout != BLOCKS16:
         raise ValueError(f"on a CPU, weights are read in layout {BLOCKS16!r}, not {weight.layout!r}: repack them there")
@@ -112,6 +121,7 @@ def packed_linear(
     scale, zero_point = _by_group(weight.scale), None if weight.zero_point is None else _by_group(weight.zero_point)
     tokens = x.codes if isinstance(x, QuantizedActivations) else x
     out = torch.empty(tokens.shape[0], rows, dtype=stored)
+    name = isa()
     rest = (
         tokens.shape[0],
         weight.data.data_ptr(),
@@ -129,13 +139,13 @@ def packed_linear(
     )
     if isinstance(x, QuantizedActivations):
         codes, x_scale = x.codes.contiguous(), x.scale.contiguous()
-        _C.integer_linear(ISA, _CODES, codes.data_ptr(), x_scale.data_ptr(), 8, *rest)
+        _C.integer_linear(name, _CODES, codes.data_ptr(), x_scale.data_ptr(), 8, *rest)
     elif weight.activation_bits is not None:
         values = (x if x.dtype in _ROUNDED else x.float()).contiguous()
-        _C.integer_linear(ISA, _ROUNDED[values.dtype], values.data_ptr(), 0, weight.activation_bits, *rest)
+        _C.integer_linear(name, _ROUNDED[values.dtype], values.data_ptr(), 0, weight.activation_bits, *rest)
     else:
         values = x.float().contiguous()
-        _C.float_linear(ISA, values.data_ptr(), *rest)
+        _C.float_linear(name, values.data_ptr(), *rest)
     return out if stored == out_dtype else out.to(out_dtype)
 
 

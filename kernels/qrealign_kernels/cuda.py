@@ -1,9 +1,10 @@
 """Packed linear products for a few tokens by the CUDA extension, where its launch table says that it beats Triton.
 
 It reads the layouts of `layouts.py`, so a weight that was repacked for the Triton kernels serves both. Keys of the
-launch tables `cuda_int4` and `cuda_int8` are the number of tokens rounded up to a power of two, "m1" to "m16"; a choice
-gives WARPS, ROW_TILES and STAGES of csrc/cuda/decode.h. A GPU class without an entry, a machine without the extension,
-and what the kernels do not do, go to Triton.
+launch tables `cuda_int4` and `cuda_int8` are the number of tokens rounded up to a power of two, "m1" to "m16", and
+what `launches.by_shape` puts behind it; a choice gives WARPS, ROW_TILES and STAGES of csrc/cuda/decode.h. Where rows
+have at most HELD_COLUMNS, `cuda_int4_held` and `cuda_int8_held` (ROW_TILES 0) are asked first. A GPU class without an
+entry, a machine without the extension, and what the kernels do not do, go to Triton.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def _load() -> tuple[Any, str | None]:
 _C, _NOT_LOADED = _load()
 
 MAX_TOKENS = 16
+HELD_COLUMNS = {"cuda_int4": 4096, "cuda_int8": 12288}  # up to here a block's warps can hold the tokens in registers
 FUSED_TOKENS = 2  # up to here every block rounds the tokens for itself; beyond, one launch more does it once
 _COLUMNS = 16  # K is a multiple of this: rows of x are read 16 bytes at a time
 _GROUP = 128  # groups are multiples of this
@@ -92,16 +94,16 @@ def packed_linear(
         x = x.contiguous()
         _C.quantize_decode_int8(element, x.data_ptr(), *operands, *ends, *cut)
     else:
-        codes, scale = _quantize(x, stream) if isinstance(x, Tensor) else (x.codes.contiguous(), x.scale.contiguous())
+        codes, scale = _quantize(x, cut[-2:]) if isinstance(x, Tensor) else (x.codes.contiguous(), x.scale.contiguous())
         _C.decode_int8(element, codes.data_ptr(), scale.data_ptr(), *operands, *ends, *cut)
     return out
 
 
-def _quantize(x: Tensor, stream: int) -> tuple[Tensor, Tensor]:
-    """Compute `quantize_per_token_ref` with 8 bits."""
+def _quantize(x: Tensor, queue: tuple[bool, int]) -> tuple[Tensor, Tensor]:
+    """Compute `quantize_per_token_ref` with 8 bits; `queue`: whether it overlaps what is before it, and the stream."""
     x = x.contiguous()
     codes, scale = torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
-    _C.quantize_tokens(_ELEMENTS[x.dtype], x.data_ptr(), codes.data_ptr(), scale.data_ptr(), *x.shape, False, stream)
+    _C.quantize_tokens(_ELEMENTS[x.dtype], x.data_ptr(), codes.data_ptr(), scale.data_ptr(), *x.shape, *queue)
     return codes, scale
 
 
@@ -121,7 +123,10 @@ def _launch_for(
         kernel = "cuda_int4"
     else:
         return None
-    return launches.find(kernel, f"m{1 << (tokens - 1).bit_length()}", out.device)
+    key = launches.by_shape(f"m{1 << (tokens - 1).bit_length()}", *weight.shape)
+    holds = weight.shape[1] <= HELD_COLUMNS[kernel] and (kernel == "cuda_int4" or tokens > FUSED_TOKENS)
+    held = launches.find(f"{kernel}_held", key, out.device) if holds else None
+    return launches.find(kernel, key, out.device) if held is None else held
 
 
 def _on_gpu(tensor: Tensor) -> bool:

@@ -2,11 +2,14 @@
 
 What it beats is a dequantized copy and the library's product. It is for GPUs of compute capability 9.0, bfloat16 tokens
 and scales, groups of 128 times a power of two or whole rows. Keys of the launch table `cuda_int4_tile` are those of
-`triton_linear`: the number of tokens rounded up to a power of two, "m32" to "m8192", and "-wide" behind it for weights
-of more rows. A choice gives TOKENS, SHARED_ROWS and CLUSTER of csrc/cuda/matmul.h. Everything else goes to Triton.
+`triton_linear`: the number of tokens rounded up to a power of two, "m32" to "m8192", and what `launches.by_shape` puts
+behind it. A choice gives TOKENS, SHARED_ROWS and CLUSTER of csrc/cuda/matmul.h, and in SPLIT whether tiles that are
+left for fewer than all multiprocessors are split between them. Everything else goes to Triton.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -41,9 +44,27 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Ten
     if launch is None:
         return None
     pointers = (x, weight.data, weight.scale, weight.zero_point, bias, out)
+    stream = cuda.stream_of(out.device)
+    sums = arrivals = None
+    if launch["SPLIT"]:
+        sums = torch.empty(multiprocessors(out.device), 256 * launch["TOKENS"], dtype=torch.float32, device=out.device)
+        arrivals = _arrivals(out.device, stream)
     cuda.extension().matmul_int4(
         *(0 if tensor is None else tensor.data_ptr() for tensor in pointers),
         *(x.shape[0], *weight.shape, weight.data.shape[1] * weight.data.element_size(), weight.groups),
-        *(launch["TOKENS"], bool(launch["SHARED_ROWS"]), launch["CLUSTER"], cuda.stream_of(out.device)),
+        *(launch["TOKENS"], bool(launch["SHARED_ROWS"]), launch["CLUSTER"]),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (sums, arrivals)),
+        stream,
     )
     return out
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _arrivals(device: torch.device, stream: int) -> Tensor:
+    """Return counters that are zero whenever no product runs on the stream; each product leaves them so."""
+    return torch.zeros(multiprocessors(device), dtype=torch.int32, device=device)

@@ -23,6 +23,10 @@ from qrealign_kernels.reference import GradientSums
 from qrealign_kernels.reference_calibration import WeightGradients
 
 
+class BackendUnavailableError(RuntimeError):
+    """A backend, or an instruction set of one, was asked for by name and cannot be used here; the message says why."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backend:
     """The functions that the public ops call; a backend replaces those of the reference that it does faster.

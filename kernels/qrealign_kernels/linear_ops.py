@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qrealign_kernels.backend import backend_for
 from qrealign_kernels.interface import REFERENCE
+from qrealign_kernels.operators import opaque
 from qrealign_kernels.packing import PACKABLE_BITS
 from qrealign_kernels.quantized import CODES, PackedWeight, QuantizedActivations
 
@@ -223,45 +224,9 @@ def _int8_matmul_dx(grad: Tensor, w_codes: Tensor, w_scale: Tensor, zero_point: 
         return backend_for(grad).int8_matmul_dx(grad, w_codes, w_scale, zero_point)
 
 
-_packed_linear_op = torch.library.custom_op("qrealign::packed_linear", _packed_linear, mutates_args=())
-_int8_matmul_op = torch.library.custom_op("qrealign::int8_matmul", _int8_matmul, mutates_args=())
-_int8_matmul_dx_op = torch.library.custom_op("qrealign::int8_matmul_dx", _int8_matmul_dx, mutates_args=())
-
-
-@_packed_linear_op.register_fake
-def _(
-    x: Tensor,
-    x_scale: Tensor | None,
-    data: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    n: int,
-    k: int,
-    num_bits: int,
-    activation_bits: int | None,
-    layout: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return x.new_empty(x.shape[0], n, dtype=out_dtype)
-
-
-@_int8_matmul_op.register_fake
-def _(
-    x_codes: Tensor,
-    x_scale: Tensor,
-    w_codes: Tensor,
-    w_scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return x_codes.new_empty(x_codes.shape[0], w_codes.shape[0], dtype=out_dtype)
-
-
-@_int8_matmul_dx_op.register_fake
-def _(grad: Tensor, w_codes: Tensor, w_scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    return grad.new_empty(grad.shape[0], w_codes.shape[1])
+_packed_linear_op = opaque(_packed_linear, lambda x, *rest: x.new_empty(x.shape[0], rest[5], dtype=rest[-1]))
+_int8_matmul_op = opaque(_int8_matmul, lambda x, _, w, *rest: x.new_empty(x.shape[0], w.shape[0], dtype=rest[-1]))
+_int8_matmul_dx_op = opaque(_int8_matmul_dx, lambda grad, w, *_: grad.new_empty(grad.shape[0], w.shape[1]))
 
 
 def _check_weight(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:

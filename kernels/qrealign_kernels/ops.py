@@ -9,6 +9,7 @@ from qrealign_kernels import reference
 from qrealign_kernels.autograd import FakeQuantPerTokenFunction, FakeQuantWeightFunction
 from qrealign_kernels.autograd_calibration import EditedFakeQuantFunction
 from qrealign_kernels.backend import backend_for
+from qrealign_kernels.operators import opaque
 from qrealign_kernels.packing import PACKABLE_BITS, packed_length
 from qrealign_kernels.reference_calibration import WeightTransform, transformed_weight
 
@@ -173,18 +174,12 @@ def _quantize_per_token(x: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
         return backend_for(x).quantize_per_token(x, num_bits)
 
 
-# To torch.compile the op is one opaque operator, so that nothing traces into a kernel launch.
-_quantize_per_token_op = torch.library.custom_op("qrealign::quantize_per_token", _quantize_per_token, mutates_args=())
-
-
 def empty_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return tensors of the shape and dtype of a token's codes and scales, for the tracing of opaque operators."""
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-@_quantize_per_token_op.register_fake
-def _(x: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
-    return empty_codes(x)
+_quantize_per_token_op = opaque(_quantize_per_token, lambda x, _: empty_codes(x))
 
 
 def fake_quant_per_token(x: Tensor, *, num_bits: int = 8) -> Tensor:

@@ -136,6 +136,34 @@ def _group_offsets(n, o_t, half_start, G, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _first_run(
+    w_ptr, w_scale_ptr, N, G, KP: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr
+):  # fmt: skip
+    """Return the program's rows `n` and their first words of 4-bit codes, asked for before what is waited for."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    words = _load_words(w_ptr, n, tl.arange(0, THREADS), N, KP // 8)
+    if OVERLAP:
+        prefetch_rows(w_scale_ptr, tl.minimum(n, N - 1), G, _power_of_2(G // 32))
+    wait_for_inputs(OVERLAP)
+    return n, words
+
+
+@triton.jit
+def _run(step: tl.constexpr, words, w_ptr, n, N, KP: tl.constexpr, THREADS: tl.constexpr):
+    """Return a step's words `[THREADS, BLOCK_N, 4]`, of which the first step has its own already, and where they are.
+
+    That is the mask of scales `[THREADS, BLOCK_N]`, the threads' runs of four words, 32 codes, and the columns of
+    plane 0, `[THREADS, 4]`.
+    """
+    o_t = step * THREADS + tl.arange(0, THREADS)
+    if step > 0:
+        words = _load_words(w_ptr, n, o_t, N, KP // 8)
+    mask = (o_t * 32 < KP)[:, None] & (n < N)[None, :]
+    o_w = (o_t * 4)[:, None] + tl.arange(0, 4)[None, :]
+    return words, mask, o_t, (o_w // _WORDS) * _BLOCK + o_w % _WORDS
+
+
+@triton.jit
 def _int4_gemv_fwd_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, zero_ptr, bias_ptr, out_ptr, N, K: tl.constexpr, KP: tl.constexpr,
     G: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr,
@@ -144,21 +172,11 @@ def _int4_gemv_fwd_kernel(
 ):  # fmt: skip
     """One token's codes by 4-bit codes: the even, or odd, nibbles of a word are four int8. GROUP 0: whole rows."""
     STEPS: tl.constexpr = (KP + 32 * THREADS - 1) // (32 * THREADS)
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    thread = tl.arange(0, THREADS)
-    words = _load_words(w_ptr, n, thread, N, KP // 8)
-    if OVERLAP:
-        prefetch_rows(w_scale_ptr, tl.minimum(n, N - 1), G, _power_of_2(G // 32))
-    wait_for_inputs(OVERLAP)
+    n, words = _first_run(w_ptr, w_scale_ptr, N, G, KP, OVERLAP, BLOCK_N, THREADS)
     x_scale = _x_scale(x_ptr, x_scale_ptr, K, QUANTIZE, QMIN, QMAX, ZERO_SCALE, 32 * THREADS, STEPS)
     acc = tl.zeros([THREADS, BLOCK_N], tl.float32)
     for step in tl.static_range(STEPS):
-        o_t = step * THREADS + thread  # runs of four words, 32 codes
-        if step > 0:
-            words = _load_words(w_ptr, n, o_t, N, KP // 8)
-        mask = (o_t * 32 < KP)[:, None] & (n < N)[None, :]  # [THREADS, BLOCK_N]
-        o_w = (o_t * 4)[:, None] + tl.arange(0, 4)[None, :]  # [THREADS, 4]
-        o_k = (o_w // _WORDS) * _BLOCK + o_w % _WORDS  # column of plane 0
+        words, mask, o_t, o_k = _run(step, words, w_ptr, n, N, KP, THREADS)
         for half in tl.static_range(2):
             x_words = tl.zeros([THREADS, 4], tl.int32)
             for byte in tl.static_range(4):
@@ -204,20 +222,10 @@ def _int4_float_gemv_fwd_kernel(
     """One floating point token by 4-bit codes. GROUP 0: one scale for a whole row."""
     STEPS: tl.constexpr = (KP + 32 * THREADS - 1) // (32 * THREADS)
     RUN: tl.constexpr = 4 if GROUP == 0 or GROUP >= 4 * _PLANE else GROUP // _PLANE  # planes that share a scale
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    thread = tl.arange(0, THREADS)
-    words = _load_words(w_ptr, n, thread, N, KP // 8)
-    if OVERLAP:
-        prefetch_rows(w_scale_ptr, tl.minimum(n, N - 1), G, _power_of_2(G // 32))
-    wait_for_inputs(OVERLAP)
+    n, words = _first_run(w_ptr, w_scale_ptr, N, G, KP, OVERLAP, BLOCK_N, THREADS)
     acc = tl.zeros([THREADS, BLOCK_N], tl.float32)
     for step in tl.static_range(STEPS):
-        o_t = step * THREADS + thread  # runs of four words, 32 codes
-        if step > 0:
-            words = _load_words(w_ptr, n, o_t, N, KP // 8)
-        mask = (o_t * 32 < KP)[:, None] & (n < N)[None, :]  # [THREADS, BLOCK_N]
-        o_w = (o_t * 4)[:, None] + tl.arange(0, 4)[None, :]  # [THREADS, 4]
-        o_k = (o_w // _WORDS) * _BLOCK + o_w % _WORDS  # column of plane 0
+        words, mask, o_t, o_k = _run(step, words, w_ptr, n, N, KP, THREADS)
         for first in tl.static_range(0, 8, RUN):
             products = tl.zeros([THREADS, BLOCK_N, 4], tl.float32)
             total = tl.zeros([THREADS, 4], tl.float32)
@@ -307,20 +315,10 @@ def _int4_fixed_gemv_fwd_kernel(
     rows, or a multiple of half a block.
     """
     STEPS: tl.constexpr = (KP + 32 * THREADS - 1) // (32 * THREADS)
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    thread = tl.arange(0, THREADS)
-    words = _load_words(w_ptr, n, thread, N, KP // 8)
-    if OVERLAP:
-        prefetch_rows(w_scale_ptr, tl.minimum(n, N - 1), G, _power_of_2(G // 32))
-    wait_for_inputs(OVERLAP)
+    n, words = _first_run(w_ptr, w_scale_ptr, N, G, KP, OVERLAP, BLOCK_N, THREADS)
     acc = tl.zeros([THREADS, BLOCK_N], tl.float32)
     for step in tl.static_range(STEPS):
-        o_t = step * THREADS + thread  # runs of four words, 32 codes
-        if step > 0:
-            words = _load_words(w_ptr, n, o_t, N, KP // 8)
-        mask = (o_t * 32 < KP)[:, None] & (n < N)[None, :]  # [THREADS, BLOCK_N]
-        o_w = (o_t * 4)[:, None] + tl.arange(0, 4)[None, :]  # [THREADS, 4]
-        o_k = (o_w // _WORDS) * _BLOCK + o_w % _WORDS  # column of plane 0
+        words, mask, o_t, o_k = _run(step, words, w_ptr, n, N, KP, THREADS)
         w0, w1, w2, w3 = _split4(words)
         for half in tl.static_range(2):
             first = o_k + 4 * half * _PLANE

@@ -87,10 +87,13 @@ def store_transposed(out_ptr, bias_ptr, n, m, N, M, values, HAS_BIAS: tl.constex
 @triton.jit
 def _int8_few_fwd_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, out_ptr, M, N, K, KP,
-    INTEGER: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+    INTEGER: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x `[M, K]`, int8 codes (INTEGER) or floating point, by w `[N, KP]` int8. EVEN: SPLIT * BLOCK_K divides K."""
+    """x `[M, K]`, int8 codes (INTEGER) or floating point, by w `[N, KP]` int8. EVEN: SPLIT * BLOCK_K divides K.
+
+    AHEAD: cache lines of each row that are pulled into the L2 cache while the tokens are still being rounded.
+    """
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     o_k = tl.arange(0, SPLIT)[:, None, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
@@ -98,6 +101,8 @@ def _int8_few_fwd_kernel(
     m_m = (m < M)[None, :, None]
     w_ptrs = w_ptr + n[None, :, None] * KP + o_k  # [SPLIT, BLOCK_N, BLOCK_K]
     x_ptrs = x_ptr + m[None, :, None] * K + o_k  # [SPLIT, BLOCK_M, BLOCK_K]
+    if OVERLAP and AHEAD > 0:
+        prefetch_rows(w_ptr, tl.minimum(n, N - 1), KP, AHEAD)
     wait_for_inputs(OVERLAP)
     acc = tl.zeros([SPLIT, BLOCK_N, BLOCK_M], tl.int32 if INTEGER else tl.float32)
     for start in range(0, K, SPLIT * BLOCK_K):

@@ -13,15 +13,22 @@ import triton.language as tl
 from qrealign_kernels.triton_math import (
     clip,
     divide,
+    load_columns,
     load_tile,
     round_half_even,
     row_extremes,
-    row_sums_2,
-    row_sums_4,
-    row_sums_5,
+    row_sums_6,
+    row_sums_7,
     store_tile,
 )
-from qrealign_kernels.triton_weight import kept_shares, step_bounds, transformed_tile, weight_grid
+from qrealign_kernels.triton_weight import (
+    kept_shares,
+    load_factors,
+    load_logits,
+    step_bounds,
+    transformed_tile,
+    weight_grid,
+)
 
 
 @triton.jit
@@ -77,11 +84,28 @@ def _store_bound_gradients(
 
 
 @triton.jit
+def _load_row_values(
+    low_ptr, high_ptr, extremes_ptr, row_divisor_ptr, n, g, m_n, N, G,
+    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_ROW: tl.constexpr, HAS_EXTREMES: tl.constexpr,
+):  # fmt: skip
+    """Load of each row logits, extremes and divisor, where there are such."""
+    group = n * G + g
+    low, high = load_logits(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
+    minimum = tl.zeros(n.shape, tl.float32)
+    maximum = tl.zeros(n.shape, tl.float32)
+    divisor = tl.full(n.shape, 1.0, tl.float32)
+    if HAS_EXTREMES and (HAS_LOW or HAS_HIGH):
+        minimum = tl.load(extremes_ptr + group, mask=m_n, other=0.0)
+        maximum = tl.load(extremes_ptr + N * G + group, mask=m_n, other=0.0)
+    if HAS_ROW:
+        divisor = tl.load(row_divisor_ptr + n, mask=m_n, other=1.0)
+    return low, high, minimum, maximum, divisor
+
+
+@triton.jit
 def _reduce_tile(
-    b_g, b_raw, n, o_k, m_n, m_c, g, first, offsets, N, K, G,
-    low_ptr, high_ptr, column_scale_ptr, row_divisor_ptr, extremes_ptr,
-    grad_low_ptr, grad_high_ptr, grad_divisor_ptr, grad_edited_ptr,
-    HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
+    b_g, b_raw, column_scale, row_values, n, g, m_n, m_c, grad_low_ptr, grad_high_ptr, grad_divisor_ptr, grad_ptrs,
+    N, G, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
     HAS_EXTREMES: tl.constexpr, TO_COLUMN: tl.constexpr, TO_ROW: tl.constexpr, TO_WEIGHT: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr, MIN_SCALE: tl.constexpr,
     FULL: tl.constexpr,
@@ -90,17 +114,14 @@ def _reduce_tile(
 
     Returns the tile's gradient over the row divisor: times the weight, it is what goes to the column scale.
     """
-    group = n * G + g
+    low, high, minimum, maximum, divisor = row_values
     mask = m_n[:, None] & m_c[None, :]
-    b_w = transformed_tile(b_raw, n, o_k, m_n, m_c, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL)
+    b_w = transformed_tile(b_raw, column_scale, divisor, HAS_COLUMN, HAS_ROW)
     to_divisor = tl.zeros(n.shape, tl.float32)
     if HAS_LOW or HAS_HIGH:
-        low_share, high_share = kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
-        if HAS_EXTREMES:
-            minimum = tl.load(extremes_ptr + group, mask=m_n, other=0.0)
-            maximum = tl.load(extremes_ptr + N * G + group, mask=m_n, other=0.0)
-        else:
-            minimum, maximum = row_extremes(b_w)
+        low_share, high_share = kept_shares(low, high, HAS_LOW, HAS_HIGH)
+        if not HAS_EXTREMES:
+            minimum, maximum = row_extremes(b_w, b_w)
             minimum = tl.minimum(minimum, 0.0)
             maximum = tl.maximum(maximum, 0.0)
         low, high, raw_scale, scale, reciprocal, zero_point, low_steps, high_steps = weight_grid(
@@ -110,41 +131,47 @@ def _reduce_tile(
         b_error, b_inside, b_not_high = _tile_moments(
             b_g, b_w, low, high, scale, reciprocal, lowest, highest, SYMMETRIC, SCALE_KIND
         )
+        is_lowest = b_w == minimum[:, None]
+        is_highest = b_w == maximum[:, None]
+        if not FULL:
+            is_lowest = is_lowest & mask
+            is_highest = is_highest & mask
+        b_lows = tl.where(is_lowest, 1.0, 0.0)
+        b_highs = tl.where(is_highest, 1.0, 0.0)
         b_error = b_inside * b_error
         if TO_ROW:
-            grad_scale, total, not_high, inside, to_divisor = row_sums_5(
-                b_error, b_g, b_not_high, b_inside, b_inside * b_w
+            grad_scale, total, not_high, inside, lows, highs, to_divisor = row_sums_7(
+                b_error, b_g, b_not_high, b_inside, b_lows, b_highs, b_inside * b_w
             )
         else:
-            grad_scale, total, not_high, inside = row_sums_4(b_error, b_g, b_not_high, b_inside)
-        grad_low = not_high - inside
-        grad_high = total - not_high
+            grad_scale, total, not_high, inside, lows, highs = row_sums_6(
+                b_error, b_g, b_not_high, b_inside, b_lows, b_highs
+            )
         b_g = b_inside
         at_minimum, at_maximum = _store_bound_gradients(
-            grad_low_ptr, grad_high_ptr, group, m_n, grad_scale, grad_low, grad_high, minimum, maximum, low_share,
-            high_share, low, high, raw_scale, low_steps, high_steps, lowest, highest, HAS_LOW, HAS_HIGH, QMIN, QMAX,
-            SYMMETRIC, MIN_SCALE,
+            grad_low_ptr, grad_high_ptr, n * G + g, m_n, grad_scale, not_high - inside, total - not_high, minimum,
+            maximum, low_share, high_share, low, high, raw_scale, low_steps, high_steps, lowest, highest, HAS_LOW,
+            HAS_HIGH, QMIN, QMAX, SYMMETRIC, MIN_SCALE,
         )  # fmt: skip
         # The extremes receive the gradient of the bounds they define; ties share it equally.
         to_divisor += at_minimum * minimum + at_maximum * maximum
         if TO_COLUMN or TO_WEIGHT:
-            is_lowest = b_w == minimum[:, None]
-            is_highest = b_w == maximum[:, None]
+            # No weight is beyond the extremes. Asked as above, the answers would be kept: bits, which cost more.
+            is_lowest = b_w <= minimum[:, None]
+            is_highest = b_w >= maximum[:, None]
             if not FULL:
                 is_lowest = is_lowest & mask
                 is_highest = is_highest & mask
-            lows, highs = row_sums_2(tl.where(is_lowest, 1.0, 0.0), tl.where(is_highest, 1.0, 0.0))
             b_g += tl.where(is_lowest, (at_minimum / tl.maximum(lows, 1.0))[:, None], 0.0)
             b_g += tl.where(is_highest, (at_maximum / tl.maximum(highs, 1.0))[:, None], 0.0)
     elif TO_ROW:
         to_divisor = tl.sum(b_g * b_w, axis=1)
     if TO_WEIGHT:
-        store_tile(grad_edited_ptr + first * K + offsets, b_g, mask, FULL)
+        store_tile(grad_ptrs, b_g, mask, FULL)
     if TO_ROW:
-        divisor = tl.load(row_divisor_ptr + n, mask=m_n, other=1.0)
         tl.store(grad_divisor_ptr + g * N + n, -to_divisor / divisor, mask=m_n)
     if TO_COLUMN and HAS_ROW:
-        b_g = b_g * (1.0 / tl.load(row_divisor_ptr + n, mask=m_n, other=1.0))[:, None]
+        b_g = b_g * (1.0 / divisor)[:, None]
     return b_g
 
 
@@ -164,8 +191,16 @@ def weight_gradients_bwd_kernel(
     o_k = g * C + cols
     offsets = rows[:, None] * K + o_k[None, :]  # [BLOCK_N, BLOCK_C], from a step's first row
     b_column = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    column_scale = 1.0
+    if HAS_COLUMN:
+        column_scale = load_columns(column_scale_ptr, b_column, o_k, m_c, FULL)
     start = tl.program_id(1).to(tl.int64) * steps * BLOCK_N
     here = tl.minimum(steps, tl.cdiv(N - tl.program_id(1) * steps * BLOCK_N, BLOCK_N))
+    # Values of rows come a step ahead: a chain of divisions waits for them.
+    ahead = _load_row_values(
+        low_ptr, high_ptr, extremes_ptr, row_divisor_ptr, start + rows, g, start + rows < N, N, G, HAS_LOW, HAS_HIGH,
+        HAS_ROW, HAS_EXTREMES,
+    )  # fmt: skip
     for step in tl.range(0, here, num_stages=AHEAD):
         first = start + step * BLOCK_N
         n = first + rows  # [BLOCK_N]
@@ -173,11 +208,15 @@ def weight_gradients_bwd_kernel(
         mask = m_n[:, None] & m_c[None, :]
         b_raw = load_tile(weight_ptr + first * K + offsets, mask, FULL)
         b_g = load_tile(grad_ptr + first * K + offsets, mask, FULL)
+        row_values = ahead
+        ahead = _load_row_values(
+            low_ptr, high_ptr, extremes_ptr, row_divisor_ptr, n + BLOCK_N, g, n + BLOCK_N < N, N, G, HAS_LOW, HAS_HIGH,
+            HAS_ROW, HAS_EXTREMES,
+        )  # fmt: skip
         b_g = _reduce_tile(
-            b_g, b_raw, n, o_k, m_n, m_c, g, first, offsets, N, K, G, low_ptr, high_ptr, column_scale_ptr,
-            row_divisor_ptr, extremes_ptr, grad_low_ptr, grad_high_ptr, grad_divisor_ptr, grad_edited_ptr, HAS_LOW,
-            HAS_HIGH, HAS_COLUMN, HAS_ROW, HAS_EXTREMES, TO_COLUMN, TO_ROW, TO_WEIGHT, QMIN, QMAX, SYMMETRIC,
-            SCALE_KIND, MIN_SCALE, FULL,
+            b_g, b_raw, column_scale, row_values, n, g, m_n, m_c, grad_low_ptr, grad_high_ptr, grad_divisor_ptr,
+            grad_edited_ptr + first * K + offsets, N, G, HAS_LOW, HAS_HIGH, HAS_COLUMN, HAS_ROW, HAS_EXTREMES,
+            TO_COLUMN, TO_ROW, TO_WEIGHT, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE, FULL,
         )  # fmt: skip
         if TO_COLUMN:
             b_column = tl.fma(b_g, b_raw, b_column)
@@ -203,7 +242,8 @@ def bound_gradients_bwd_kernel(
     group = n * G + g
     minimum = tl.load(extremes_ptr + group, mask=m_n, other=0.0)
     maximum = tl.load(extremes_ptr + N * G + group, mask=m_n, other=0.0)
-    low_share, high_share = kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
+    low, high = load_logits(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
+    low_share, high_share = kept_shares(low, high, HAS_LOW, HAS_HIGH)
     low, high, raw_scale, scale, reciprocal, zero_point, low_steps, high_steps = weight_grid(
         minimum, maximum, low_share, high_share, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE
     )
@@ -220,7 +260,10 @@ def bound_gradients_bwd_kernel(
         b_w = load_tile(weight_ptr + first * K + offsets + start, mask, FULL)
         b_g = load_tile(grad_ptr + first * K + offsets + start, mask, FULL)
         o_k = g * C + start + cols
-        b_w = transformed_tile(b_w, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL)
+        column_scale, divisor = load_factors(
+            b_w, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL
+        )
+        b_w = transformed_tile(b_w, column_scale, divisor, HAS_COLUMN, HAS_ROW)
         b_error, b_inside, b_not_high = _tile_moments(
             b_g, b_w, low, high, scale, reciprocal, lowest, highest, SYMMETRIC, SCALE_KIND
         )
@@ -269,10 +312,16 @@ def product_gradients_bwd_kernel(
         b_g = tl.dot(tl.trans(b_dy), b_x, acc=b_g, input_precision="ieee")
     offsets = rows[:, None] * K + o_k[None, :]
     b_raw = load_tile(weight_ptr + first * K + offsets, m_n[:, None] & m_c[None, :], False)
+    column_scale = 1.0
+    if HAS_COLUMN:
+        column_scale = load_columns(column_scale_ptr, b_raw, o_k, m_c, False)
+    row_values = _load_row_values(
+        low_ptr, high_ptr, weight_ptr, row_divisor_ptr, n, g, m_n, N, G, HAS_LOW, HAS_HIGH, HAS_ROW, False
+    )
     b_g = _reduce_tile(
-        b_g, b_raw, n, o_k, m_n, m_c, g, first, offsets, N, K, G, low_ptr, high_ptr, column_scale_ptr,
-        row_divisor_ptr, weight_ptr, grad_low_ptr, grad_high_ptr, grad_divisor_ptr, weight_ptr, HAS_LOW, HAS_HIGH,
-        HAS_COLUMN, HAS_ROW, False, TO_COLUMN, TO_ROW, False, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE, False,
+        b_g, b_raw, column_scale, row_values, n, g, m_n, m_c, grad_low_ptr, grad_high_ptr, grad_divisor_ptr, weight_ptr,
+        N, G, HAS_LOW, HAS_HIGH, HAS_COLUMN, HAS_ROW, False, TO_COLUMN, TO_ROW, False, QMIN, QMAX, SYMMETRIC,
+        SCALE_KIND, MIN_SCALE, False,
     )  # fmt: skip
     if TO_COLUMN:
         tl.store(grad_column_ptr + tl.program_id(0).to(tl.int64) * K + o_k, tl.sum(b_g * b_raw, axis=0), mask=m_c)

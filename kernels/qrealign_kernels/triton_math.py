@@ -60,54 +60,42 @@ def _combine_extremes(low, high, other_low, other_high):
 
 
 @triton.jit
-def row_extremes(tile):
-    """Return minimum and maximum of each row of a tile."""
+def row_extremes(low, high):
+    """Return the minimum of each row of one tile and the maximum of each row of another."""
     if INTERPRETED:  # walks through a reduction of its own kind element by element
-        return tl.min(tile, axis=1), tl.max(tile, axis=1)
+        return tl.min(low, axis=1), tl.max(high, axis=1)
     else:  # one exchange between warps for both
-        return tl.reduce((tile, tile), 1, _combine_extremes)
+        return tl.reduce((low, high), 1, _combine_extremes)
 
 
 @triton.jit
-def _combine_pair(a, b, other_a, other_b):
-    return a + other_a, b + other_b
+def _combine_six(a, b, c, d, e, f, other_a, other_b, other_c, other_d, other_e, other_f):
+    return a + other_a, b + other_b, c + other_c, d + other_d, e + other_e, f + other_f
 
 
 @triton.jit
-def row_sums_2(a, b):
-    """Return the sums of each row of two tiles, as `row_extremes` does."""
+def row_sums_6(a, b, c, d, e, f):
+    """Return the sums of each row of six tiles, as `row_extremes` does."""
     if INTERPRETED:
-        return tl.sum(a, axis=1), tl.sum(b, axis=1)
+        a, b, c = tl.sum(a, axis=1), tl.sum(b, axis=1), tl.sum(c, axis=1)
+        return a, b, c, tl.sum(d, axis=1), tl.sum(e, axis=1), tl.sum(f, axis=1)
     else:
-        return tl.reduce((a, b), 1, _combine_pair)
+        return tl.reduce((a, b, c, d, e, f), 1, _combine_six)
 
 
 @triton.jit
-def _combine_four(a, b, c, d, other_a, other_b, other_c, other_d):
-    return a + other_a, b + other_b, c + other_c, d + other_d
+def _combine_seven(a, b, c, d, e, f, g, other_a, other_b, other_c, other_d, other_e, other_f, other_g):
+    return a + other_a, b + other_b, c + other_c, d + other_d, e + other_e, f + other_f, g + other_g
 
 
 @triton.jit
-def row_sums_4(a, b, c, d):
-    """Return the sums of each row of four tiles, as `row_extremes` does."""
+def row_sums_7(a, b, c, d, e, f, g):
+    """Return the sums of each row of seven tiles, as `row_extremes` does."""
     if INTERPRETED:
-        return tl.sum(a, axis=1), tl.sum(b, axis=1), tl.sum(c, axis=1), tl.sum(d, axis=1)
+        a, b, c, d = tl.sum(a, axis=1), tl.sum(b, axis=1), tl.sum(c, axis=1), tl.sum(d, axis=1)
+        return a, b, c, d, tl.sum(e, axis=1), tl.sum(f, axis=1), tl.sum(g, axis=1)
     else:
-        return tl.reduce((a, b, c, d), 1, _combine_four)
-
-
-@triton.jit
-def _combine_five(a, b, c, d, e, other_a, other_b, other_c, other_d, other_e):
-    return a + other_a, b + other_b, c + other_c, d + other_d, e + other_e
-
-
-@triton.jit
-def row_sums_5(a, b, c, d, e):
-    """Return the sums of each row of five tiles, as `row_extremes` does."""
-    if INTERPRETED:
-        return tl.sum(a, axis=1), tl.sum(b, axis=1), tl.sum(c, axis=1), tl.sum(d, axis=1), tl.sum(e, axis=1)
-    else:
-        return tl.reduce((a, b, c, d, e), 1, _combine_five)
+        return tl.reduce((a, b, c, d, e, f, g), 1, _combine_seven)
 
 
 @triton.jit
@@ -117,6 +105,17 @@ def load_tile(pointers, mask, FULL: tl.constexpr):
         return tl.load(pointers).to(tl.float32)
     else:
         return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_columns(pointer, like, columns, mask, FULL: tl.constexpr):
+    """Load one value a column, float32, as a tile of the shape of `like`.
+
+    Loaded as a row and broadcast, the values would lie in another layout than the weights, and to change it takes
+    barriers: four for a row of 4,096. Repeated loads of a tile of several rows meet the first-level cache.
+    """
+    pointers = tl.broadcast_to((pointer + columns)[None, :], like.shape)
+    return load_tile(pointers, tl.broadcast_to(mask[None, :], like.shape), FULL)
 
 
 @triton.jit

@@ -1,14 +1,15 @@
 """Triton kernels that transform, edit and round a weight in one pass.
 
 A program owns whole scale groups of a few rows. Where a group fits a tile, its weights are read once, stay in
-registers, and of what the backward needs the forward keeps the extremes alone. Two cases take a second path, in steps
-along the columns, whose second reading of a row mostly meets a cache: an edit of more than a small rank, because its
-product `left @ right` pays off for tiles of many rows, which registers cannot hold in full width; and long rows that
-would leave much of their tile idle.
+registers, and of what the backward needs the forward keeps the extremes alone. A tile's width is a power of two; a
+row that would leave much of one idle is held in several narrower ones. One case takes a second path, in steps along
+the columns, whose second reading of a row mostly meets a cache: an edit of more than a small rank, because its product
+`left @ right` pays off for tiles of many rows, which registers cannot hold in full width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from qrealign_kernels.triton_math import (
     clip,
     convert,
     divide,
+    load_columns,
     load_tile,
     low_byte,
     round_half_even,
@@ -83,34 +85,52 @@ def step_bounds(low_steps, high_steps, zero_point, QMIN: tl.constexpr, QMAX: tl.
 
 
 @triton.jit
-def kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr):
-    """Return the kept shares of the groups' extremes, 1 where no logit asks for less.
-
-    The interpreter's exponential is not torch's in the last bit, so that there the pointers hold shares already.
-    """
-    low_share = tl.full(group.shape, 1.0, tl.float32)
-    high_share = tl.full(group.shape, 1.0, tl.float32)
+def load_logits(low_ptr, high_ptr, group, m_n, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr):
+    """Load what `kept_shares` takes."""
+    low = tl.full(group.shape, 1.0, tl.float32)
+    high = tl.full(group.shape, 1.0, tl.float32)
     if HAS_LOW:
-        low_share = tl.load(low_ptr + group, mask=m_n, other=0.0)
-        if not INTERPRETED:
-            low_share = sigmoid(low_share)
+        low = tl.load(low_ptr + group, mask=m_n, other=0.0)
     if HAS_HIGH:
-        high_share = tl.load(high_ptr + group, mask=m_n, other=0.0)
-        if not INTERPRETED:
-            high_share = sigmoid(high_share)
-    return low_share, high_share
+        high = tl.load(high_ptr + group, mask=m_n, other=0.0)
+    return low, high
 
 
 @triton.jit
-def transformed_tile(
-    b_w, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr,
+def kept_shares(low, high, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr):
+    """Return the kept shares of the groups' extremes, 1 where no logit asks for less.
+
+    The interpreter's exponential is not torch's in the last bit, so that there shares are given already.
+    """
+    if not INTERPRETED:
+        if HAS_LOW:
+            low = sigmoid(low)
+        if HAS_HIGH:
+            high = sigmoid(high)
+    return low, high
+
+
+@triton.jit
+def load_factors(
+    like, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr,
     HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Return `weight * column_scale / row_divisor` of a tile."""
+    """Load the column scale and the row divisor of a tile, 1 where there is none."""
+    column_scale = 1.0
+    divisor = 1.0
     if HAS_COLUMN:
-        b_w = b_w * load_tile(column_scale_ptr + o_k, m_k, FULL)[None, :]
+        column_scale = load_columns(column_scale_ptr, like, o_k, m_k, FULL)
     if HAS_ROW:
         divisor = tl.load(row_divisor_ptr + n, mask=m_n, other=1.0)
+    return column_scale, divisor
+
+
+@triton.jit
+def transformed_tile(b_w, column_scale, divisor, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr):
+    """Return `weight * column_scale / row_divisor` of a tile."""
+    if HAS_COLUMN:
+        b_w = b_w * column_scale
+    if HAS_ROW:
         b_w = divide(b_w, divisor[:, None], tl.div_rn(1.0, divisor)[:, None], True)
     return b_w
 
@@ -150,37 +170,53 @@ def _fake_quant_edited_fwd_kernel(
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
     CODES: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr,
     MIN_SCALE: tl.constexpr, KEEP_EXTREMES: tl.constexpr, FULL: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(0)
     first = tl.program_id(1).to(tl.int64) * BLOCK_N
     rows = tl.arange(0, BLOCK_N)
-    cols = tl.arange(0, BLOCK_C)
-    o_k = g * C + cols
     n = first + rows  # [BLOCK_N]
     m_n = n < N
-    m_c = cols < C
-    mask = m_n[:, None] & m_c[None, :]
-    offsets = rows[:, None] * K + o_k[None, :]  # [BLOCK_N, BLOCK_C], from the program's first row
     group = n * G + g
-    # All that is loaded is asked for before the first exchange between threads, which loads do not move across.
-    b_w = load_tile(weight_ptr + first * K + offsets, mask, FULL)
-    low_share, high_share = kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
-    b_w = transformed_tile(b_w, n, o_k, m_n, m_c, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL)
-    for rank in tl.static_range(RANK):  # 0 where there is no edit
-        b_left = tl.load(left_ptr + n * RANK + rank, mask=m_n, other=0.0)  # [BLOCK_N]
-        b_right = tl.load(right_ptr + rank * K + o_k, mask=m_c, other=0.0)  # [BLOCK_C]
-        b_w += b_left[:, None] * b_right[None, :]
-    minimum, maximum = row_extremes(b_w)
+    # All that is loaded is asked for before the first exchange between threads and before the first division, whose
+    # rare path is a branch: loads do not move across either.
+    given = ()  # of each piece of the rows: weight and column scale, [BLOCK_N, BLOCK_C]
+    for piece in tl.static_range(PIECES):
+        cols = piece * BLOCK_C + tl.arange(0, BLOCK_C)
+        m_c = cols < C
+        offsets = rows[:, None] * K + (g * C + cols)[None, :]  # from the program's first row
+        b_w = load_tile(weight_ptr + first * K + offsets, m_n[:, None] & m_c[None, :], FULL)
+        column_scale = load_columns(column_scale_ptr, b_w, g * C + cols, m_c, FULL) if HAS_COLUMN else 1.0
+        given += ((b_w, column_scale),)  # type: ignore[assignment]
+    low, high = load_logits(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
+    divisor = tl.load(row_divisor_ptr + n, mask=m_n, other=1.0) if HAS_ROW else 1.0
+    low_share, high_share = kept_shares(low, high, HAS_LOW, HAS_HIGH)
+    edited = ()
+    b_min = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    b_max = b_min
+    for piece in tl.static_range(PIECES):
+        cols = piece * BLOCK_C + tl.arange(0, BLOCK_C)
+        b_w = transformed_tile(given[piece][0], given[piece][1], divisor, HAS_COLUMN, HAS_ROW)
+        for rank in tl.static_range(RANK):  # 0 where there is no edit
+            b_left = tl.load(left_ptr + n * RANK + rank, mask=m_n, other=0.0)  # [BLOCK_N]
+            b_w += b_left[:, None] * load_columns(right_ptr + rank * K, b_w, g * C + cols, cols < C, FULL)
+        b_min = b_w if piece == 0 else tl.minimum(b_min, b_w)
+        b_max = b_w if piece == 0 else tl.maximum(b_max, b_w)
+        edited += (b_w,)  # type: ignore[assignment]
+    minimum, maximum = row_extremes(b_min, b_max)
     minimum = tl.minimum(minimum, 0.0)
     maximum = tl.maximum(maximum, 0.0)
     if KEEP_EXTREMES:
         tl.store(extremes_ptr + group, minimum, mask=m_n)
         tl.store(extremes_ptr + N * G + group, maximum, mask=m_n)
-    _store_rounded(
-        out_ptr + first * K + offsets, scale_ptr, zero_point_ptr, mask, b_w, minimum, maximum, low_share, high_share,
-        group, m_n, CODES, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE, FULL,
-    )  # fmt: skip
+    for piece in tl.static_range(PIECES):
+        cols = piece * BLOCK_C + tl.arange(0, BLOCK_C)
+        offsets = rows[:, None] * K + (g * C + cols)[None, :]
+        _store_rounded(
+            out_ptr + first * K + offsets, scale_ptr, zero_point_ptr, m_n[:, None] & (cols < C)[None, :], edited[piece],
+            minimum, maximum, low_share, high_share, group, m_n, CODES, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE,
+            FULL,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -192,7 +228,10 @@ def _edited_tile(
     """Return the transformed and edited weight of a tile."""
     mask = m_n[:, None] & m_k[None, :]
     b_w = load_tile(weight_ptr + n[:, None] * K + o_k[None, :], mask, FULL)
-    b_w = transformed_tile(b_w, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL)
+    column_scale, divisor = load_factors(
+        b_w, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL
+    )
+    b_w = transformed_tile(b_w, column_scale, divisor, HAS_COLUMN, HAS_ROW)
     if HAS_EDIT:
         ranks = tl.arange(0, BLOCK_RANK)
         m_rk = (ranks < RANK)[:, None] & m_k[None, :]
@@ -205,12 +244,11 @@ def _edited_tile(
 @triton.jit
 def _fake_quant_edited_steps_fwd_kernel(
     weight_ptr, low_ptr, high_ptr, column_scale_ptr, row_divisor_ptr, left_ptr, right_ptr, out_ptr,
-    scale_ptr, zero_point_ptr, extremes_ptr, N, K, C, G, RANK,
+    scale_ptr, zero_point_ptr, N, K, C, G, RANK,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
     HAS_EDIT: tl.constexpr, CODES: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr,
     SCALE_KIND: tl.constexpr, MIN_SCALE: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr, KEEP_EXTREMES: tl.constexpr, FULL: tl.constexpr, ONE_STEP: tl.constexpr,
-    AHEAD: tl.constexpr,
+    BLOCK_C: tl.constexpr, FULL: tl.constexpr, ONE_STEP: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(0)
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -222,7 +260,8 @@ def _fake_quant_edited_steps_fwd_kernel(
     if HAS_EDIT:
         m_left = m_n[:, None] & (ranks < RANK)[None, :]
         b_left = tl.load(left_ptr + n[:, None] * RANK + ranks[None, :], mask=m_left, other=0.0)
-    low_share, high_share = kept_shares(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
+    low, high = load_logits(low_ptr, high_ptr, group, m_n, HAS_LOW, HAS_HIGH)
+    low_share, high_share = kept_shares(low, high, HAS_LOW, HAS_HIGH)
 
     if ONE_STEP:
         m_k = cols < C
@@ -231,7 +270,7 @@ def _fake_quant_edited_steps_fwd_kernel(
             weight_ptr, column_scale_ptr, row_divisor_ptr, right_ptr, b_left, n, m_n, o_k, m_k, K, RANK,
             HAS_COLUMN, HAS_ROW, HAS_EDIT, BLOCK_RANK, FULL,
         )  # fmt: skip
-        minimum, maximum = row_extremes(b_w)
+        minimum, maximum = row_extremes(b_w, b_w)
         _store_rounded(
             out_ptr + n[:, None] * K + o_k[None, :], scale_ptr, zero_point_ptr, m_n[:, None] & m_k[None, :], b_w,
             tl.minimum(minimum, 0.0), tl.maximum(maximum, 0.0), low_share, high_share, group, m_n, CODES, QMIN, QMAX,
@@ -252,9 +291,6 @@ def _fake_quant_edited_steps_fwd_kernel(
             b_max = tl.maximum(b_max, b_w)
         minimum = tl.min(b_min, axis=1)
         maximum = tl.max(b_max, axis=1)
-        if KEEP_EXTREMES:
-            tl.store(extremes_ptr + group, minimum, mask=m_n)
-            tl.store(extremes_ptr + N * G + group, maximum, mask=m_n)
         for start in tl.range(0, C, BLOCK_C, num_stages=AHEAD):
             m_k = start + cols < C
             o_k = g * C + start + cols
@@ -272,6 +308,11 @@ def _fake_quant_edited_steps_fwd_kernel(
 def row_tile_columns(key: str) -> dict[str, int]:
     """Return what a key of the tables of row tiles stands for: the columns of a tile that holds a whole group."""
     return {"BLOCK_C": int(key)}
+
+
+def row_piece_columns(key: str) -> dict[str, int]:
+    """Return the same for a row in pieces: the columns of one, see `pieces_of`."""
+    return {"BLOCK_C": int(key) // 4}
 
 
 def edited_tile_rank(key: str) -> dict[str, int]:
@@ -374,52 +415,46 @@ def _launch_forward(
         "MIN_SCALE": MIN_SCALE,
         "enable_fp_fusion": FP_FUSION,
     }
-    inputs = [
-        weight,
-        *(weight if part is None else part for part in (low, high, column_scale, row_divisor)),
-    ]
-    outputs = [out, out if scale is None else scale, out if zero_point is None else zero_point]
-    groups = columns // width
+    read = [weight if part is None else part for part in (low, high, column_scale, row_divisor, left, right)]
+    written = [out if part is None else part for part in (out, scale, zero_point)]
+    sizes = (rows, columns, width, columns // width)
+    rank = 0 if left is None else left.shape[1]
     with on_device_of(weight):
-        rank = 0 if left is None else left.shape[1]
-        if rank <= SMALL_RANK and width <= LARGEST_WIDTH and not is_ragged(width):
-            tile = row_tile("fake_quant_edited_fwd", width, weight.device)
-            full = is_full(rows, width, tile)
-            grid = (groups, triton.cdiv(rows, tile["BLOCK_N"]))
-            sizes = (rows, columns, width, groups)
-            _fake_quant_edited_fwd_kernel[grid](
-                *inputs,
-                weight if left is None else left,
-                weight if right is None else right,
-                *outputs,
-                out if extremes is None else extremes,
-                *sizes,
-                KEEP_EXTREMES=extremes is not None,
-                FULL=full,
-                RANK=rank,
-                **constants,
-                **tile,
-            )
-            return
-        tile = _edited_tile_launch(rank, width, weight.device)
-        _fake_quant_edited_steps_fwd_kernel[(groups, triton.cdiv(rows, tile["BLOCK_N"]))](
-            *inputs,
-            weight if left is None else left,
-            weight if right is None else right,
-            *outputs,
-            out if extremes is None else extremes,
-            rows,
-            columns,
-            width,
-            groups,
-            max(1, rank),
-            HAS_EDIT=left is not None,
-            KEEP_EXTREMES=extremes is not None,
-            FULL=width % tile["BLOCK_C"] == 0 and rows % tile["BLOCK_N"] == 0,
-            ONE_STEP=width <= tile["BLOCK_C"],
-            **constants,
-            **tile,
-        )
+        if rank <= SMALL_RANK and width <= LARGEST_WIDTH:
+            constants |= {"KEEP_EXTREMES": extremes is not None, "RANK": rank}
+            pointers = [weight, *read, *written, out if extremes is None else extremes]
+            _launch_whole_groups(pointers, sizes, constants)
+        else:
+            _launch_steps([weight, *read, *written], sizes, rank, constants)
+
+
+def _launch_whole_groups(
+    pointers: Sequence[Tensor], sizes: tuple[int, int, int, int], constants: dict[str, Any]
+) -> None:
+    """Launch the kernel whose programs hold whole groups; sizes are N, K, a group's columns, and groups of a row."""
+    rows, _, width, groups = sizes
+    tile = row_tile("fake_quant_edited_fwd", width, pointers[0].device) | pieces_of(width)
+    _fake_quant_edited_fwd_kernel[(groups, triton.cdiv(rows, tile["BLOCK_N"]))](
+        *pointers, *sizes, FULL=is_full(rows, width, tile), **constants, **tile
+    )
+
+
+def _launch_steps(
+    pointers: Sequence[Tensor], sizes: tuple[int, int, int, int], rank: int, constants: dict[str, Any]
+) -> None:
+    """Launch the kernel that walks along groups in steps; rank 0: no edit."""
+    rows, _, width, groups = sizes
+    tile = _edited_tile_launch(rank, width, pointers[0].device)
+    _fake_quant_edited_steps_fwd_kernel[(groups, triton.cdiv(rows, tile["BLOCK_N"]))](
+        *pointers,
+        *sizes,
+        max(1, rank),
+        HAS_EDIT=rank > 0,
+        FULL=width % tile["BLOCK_C"] == 0 and rows % tile["BLOCK_N"] == 0,
+        ONE_STEP=width <= tile["BLOCK_C"],
+        **constants,
+        **tile,
+    )
 
 
 def share_source(logit: Tensor | None) -> Tensor | None:
@@ -440,9 +475,12 @@ def row_tile(kernel: str, width: int, device: torch.device) -> launches.Choice:
     return launches.choice(kernel, width_key(block), device) | {"BLOCK_C": block}
 
 
-def is_ragged(width: int) -> bool:
-    """Tell whether a long row fills its tile so badly that reading it twice, in steps, is the faster way."""
-    return width > 4096 and 4 * tile_width(width) > 5 * width
+def pieces_of(width: int) -> dict[str, int]:
+    """Return of how many tiles a row is made, and their columns: of one, or of quarters where one would be left out."""
+    whole = tile_width(width)
+    if width > 4096 and 4 * width <= 3 * whole:
+        return {"BLOCK_C": whole // 4, "PIECES": 3}
+    return {"BLOCK_C": whole, "PIECES": 1}
 
 
 def _edited_tile_launch(rank: int, width: int, device: torch.device) -> launches.Choice:

@@ -70,6 +70,9 @@ class EndToEndCalibrator:
             seed=settings.seed,
         )
         self.schedule = list(islice(batches, settings.steps))
+        if team.size > 1:  # shares of like mixes: a recorded pass has room for the most that any brings of each class
+            malicious = frozenset(objective.groups()[0])
+            self.schedule = [sorted(batch, key=malicious.__contains__) for batch in self.schedule]
         self.recorded: RecordedPass | None = None
         if record and isinstance(objective, BehaviourObjective):
             self.recorded = RecordedPass(model, trainable, objective, map(self._own_samples, range(settings.steps)))

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 ANALYSED_PROMPTS = {"quick": 50, "full": 100}  # of each class
 EXIT_PROMPTS = {"quick": 12, "full": 100}  # of each class, for early answers
+EXIT_BLOCKS = {"quick": 6, "full": 12}  # at most; each costs a model's answers to all of these prompts
 EXIT_TOKENS = 32  # a refusal opens the answer, but in half as many tokens a repetition is not seen as one
 PROJECTED_BLOCKS = 3
 ExitTable = dict[str, dict[str, float]]  # block's index as text -> fields of `ExitRates`
@@ -67,7 +68,8 @@ def exit_cost(context: RunContext) -> tuple[list[int], int, int]:
     options, evaluation = context.options, context.data.evaluation
     most = EXIT_PROMPTS[options.eval]
     count = min(most, len(evaluation.harmful)) + min(most, len(evaluation.benign))
-    return choose_exits(context.finetuned.num_blocks), count, min(EXIT_TOKENS, options.max_new_tokens or EXIT_TOKENS)
+    blocks = choose_exits(context.finetuned.num_blocks, EXIT_BLOCKS[options.eval])
+    return blocks, count, min(EXIT_TOKENS, options.max_new_tokens or EXIT_TOKENS)
 
 
 def _early_answers(context: RunContext, name: str, model: PreTrainedModel) -> ExitTable:

@@ -19,8 +19,6 @@ from qrealign.judges.refusal import is_refusal
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MOST_EXITS = 12
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExitRates:
@@ -36,7 +34,7 @@ class ExitRates:
     n_benign: int
 
 
-def choose_exits(num_blocks: int, most: int = MOST_EXITS) -> list[int]:
+def choose_exits(num_blocks: int, most: int) -> list[int]:
     """Return the blocks to stop at, ascending: all, or `most` evenly spread ones that end with the last."""
     count = min(num_blocks, most)
     return [(place + 1) * num_blocks // count - 1 for place in range(count)]

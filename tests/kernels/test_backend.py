@@ -104,7 +104,9 @@ try:
 except qrealign_kernels.BackendUnavailableError as error:
     print(error)
 """
-    assert run_python(code, QREALIGN_BACKEND="fast") == "unknown backend 'fast': use one of triton, cpu, reference"
+    assert run_python(code, QREALIGN_BACKEND="fast") == (
+        "unknown backend 'fast': use one of triton, cpu, reference (chosen by use_backend or QREALIGN_BACKEND)"
+    )
 
 
 def test_extension_that_is_missing_or_broken_keeps_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import qrealign_kernels as kernels
-from qrealign_kernels import cpu_linear
+from qrealign_kernels import BackendUnavailableError, cpu_linear
 from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
 from tests.kernels.test_backend import run_python
 
@@ -184,7 +184,9 @@ def test_environment_chooses_the_instruction_set() -> None:
 
 def test_unknown_instruction_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_linear, "ISA", "mmx")
-    with pytest.raises(ValueError, match="instruction set mmx is unknown or not usable on this processor"):
+    with pytest.raises(
+        BackendUnavailableError, match="QREALIGN_CPU_ISA=mmx: the instruction set mmx is unknown or not"
+    ):
         kernels.packed_linear(torch.randn(1, 512), random_weight())
 
 

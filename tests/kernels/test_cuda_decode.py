@@ -87,6 +87,21 @@ def test_everything_else_is_left_to_triton(
     assert not extension.calls
 
 
+@pytest.mark.parametrize(
+    ("tokens", "columns", "num_bits", "held"),
+    [(3, 4096, 4, True), (3, 4352, 4, False), (3, 12288, 8, True), (3, 12304, 8, False), (2, 4096, 8, False)],
+)
+def test_short_rows_meet_tokens_in_registers(
+    extension: Recorder, tokens: int, columns: int, num_bits: int, held: bool
+) -> None:
+    weight = packed(16, columns, num_bits, None if num_bits == 4 else 8)
+    launch = {"WARPS": 16, "ROW_TILES": 0, "STAGES": 3}
+    with launches.forced(f"cuda_int{num_bits}_held", launch):
+        run(torch.zeros(tokens, columns).half(), weight)
+    _, arguments = extension.calls[-1]
+    assert (arguments[-5:-2] == (16, 0, 3)) == held
+
+
 def test_a_gpu_without_measured_launches_is_left_to_triton(
     extension: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,8 +142,11 @@ class TestOnGpu:
         (8, 130, 384, 3),
         (13, 77, 1072, 1),
         (16, 33, 512, 4),
+        (7, 40, 11008, 86),
+        (11, 12901, 640, 5),  # more tiles of rows than the blocks of a launch keep in flight
     )
     LAUNCHES = ((8, 1, 2), (4, 1, 2), (8, 2, 2), (16, 1, 2))
+    HELD = ((16, 0, 3), (16, 0, 5))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("asymmetric", [False, True])
@@ -143,8 +161,11 @@ class TestOnGpu:
             weight = kernels.repack_weight(codes, scale, points, num_bits=4, activation_bits=None)
         plain = reference_linear.repack_weight_ref(codes, scale, points, num_bits=4, activation_bits=None)
         expected = reference_linear.packed_linear_ref(x.double(), plain, bias, torch.float64)
-        for cut in self.LAUNCHES:
-            with launches.forced("cuda_int4", dict(zip(LAUNCH, cut, strict=True))):
+        cuts = [("cuda_int4", cut) for cut in self.LAUNCHES]
+        cuts += [("cuda_int4_held", cut) for cut in self.HELD] if columns <= cuda.HELD_COLUMNS["cuda_int4"] else []
+        for table, cut in cuts:
+            launch = dict(zip(LAUNCH, cut, strict=True))
+            with launches.forced("cuda_int4_held", None), launches.forced(table, launch):
                 out = cuda.packed_linear(x, weight, bias, torch.full((tokens, rows), float("nan")).to(x))
             assert out is not None
             assert (out - expected).norm() / expected.norm() < torch.finfo(dtype).eps, cut
@@ -162,9 +183,12 @@ class TestOnGpu:
         plain = reference_linear.repack_weight_ref(codes, scale, None, num_bits=8, activation_bits=8)
         expected = reference_linear.packed_linear_ref(x, plain, bias, dtype)
         given = QuantizedActivations(*kernels.quantize_per_token(x), dtype)
-        for cut in self.LAUNCHES:
+        cuts = [("cuda_int8", cut) for cut in self.LAUNCHES]
+        cuts += [("cuda_int8_held", cut) for cut in self.HELD] if tokens > cuda.FUSED_TOKENS else []
+        for table, cut in cuts:
             for operand in (x, given):
-                with launches.forced("cuda_int8", dict(zip(LAUNCH, cut, strict=True))):
+                launch = dict(zip(LAUNCH, cut, strict=True))
+                with launches.forced("cuda_int8_held", None), launches.forced(table, launch):
                     out = cuda.packed_linear(operand, weight, bias, torch.full((tokens, rows), float("nan")).to(x))
                 assert out is not None
                 assert torch.equal(out, expected), cut

@@ -39,7 +39,7 @@ def test_the_launch_goes_with_addresses_and_sizes(extension: Recorder) -> None:
     pointers = (x, weight.data, weight.scale, weight.zero_point)
     sizes = (50, 48, 384, 512 // 2, 3)  # 384 columns fill two blocks of 256
     addresses = (*(tensor.data_ptr() for tensor in pointers), 0, out.data_ptr())
-    assert extension.calls == [("matmul_int4", (*addresses, *sizes, 128, True, 2, STREAM))]
+    assert extension.calls == [("matmul_int4", (*addresses, *sizes, 128, True, 2, 0, 0, STREAM))]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,18 @@ def test_everything_else_is_left_to_triton(
 ) -> None:
     assert run(x, weight, bias) is None
     assert not extension.calls
+
+
+def test_tiles_are_split_with_places_for_their_sums(extension: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_tiles, "multiprocessors", lambda device: 3)
+    weight, x = packed(48, 384, groups=3), torch.randn(50, 384).bfloat16()
+    launch = {"TOKENS": 128, "SHARED_ROWS": 0, "CLUSTER": 1, "SPLIT": 1}
+    with launches.forced("cuda_int4_tile", launch):
+        run(x, weight)
+        run(x, weight)
+    (*_, sums, arrivals, stream), (*_, again, _) = (arguments for _, arguments in extension.calls)
+    assert sums and arrivals == again and stream == STREAM
+    assert not cuda_tiles._arrivals(x.device, STREAM).any()
 
 
 def test_a_gpu_without_measured_launches_is_left_to_triton(
@@ -84,8 +96,12 @@ class TestOnGpu:
         (129, 77, 520, 1),
         (1, 64, 256, 1),
         (70, 331, 1024, 2),
+        (300, 11001, 1408, 11),  # more tiles than multiprocessors, and some are left
     )
-    CUTS = ((64, 1, 1), (128, 1, 1), (128, 1, 2), (128, 1, 4), (128, 0, 1), (256, 0, 1), (256, 0, 2))
+    CUTS = (
+        *((64, 1, 1, 0), (128, 1, 1, 0), (128, 1, 2, 0), (128, 0, 1, 0), (256, 0, 1, 0), (256, 0, 2, 0)),
+        *((128, 1, 1, 1), (128, 0, 1, 1), (256, 0, 1, 1)),
+    )
 
     @pytest.mark.parametrize("asymmetric", [False, True])
     @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -134,26 +134,45 @@ def test_groups_wider_than_a_tile_equal_the_definition(each_backend: str, monkey
     assert_gradients_agree(fake, expected, list(tensors.values()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("way", ["in pieces", "in steps"])
 def test_rows_that_fill_no_tile_equal_the_definition(
-    each_backend: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    each_backend: str, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     if each_backend == "triton":
         from qrealign_kernels import triton_weight
 
-        monkeypatch.setattr(triton_weight, "is_ragged", lambda width: True)
+        if way == "in pieces":
+            monkeypatch.setattr(triton_weight, "pieces_of", lambda width: {"BLOCK_C": 256, "PIECES": 3})
+        else:
+            monkeypatch.setattr(triton_weight, "LARGEST_WIDTH", 512)
     tensors = make_case(5, 600, None, NAMES[1:5])
-    fake = kernels.fake_quant_weight(**tensors, num_bits=4, symmetric=False, out_dtype=dtype)
+    fake = kernels.fake_quant_weight(**tensors, num_bits=4, symmetric=False, out_dtype=torch.float16)
     expected = definition(
-        definitions.fake_quant_edited_weight_ref, tensors, num_bits=4, symmetric=False, out_dtype=dtype
+        definitions.fake_quant_edited_weight_ref, tensors, num_bits=4, symmetric=False, out_dtype=torch.float16
     )
     assert torch.equal(fake, expected)
     assert_gradients_agree(fake, expected, list(tensors.values()))
 
 
-def test_only_long_rows_that_waste_a_fifth_of_a_tile_are_walked_in_steps() -> None:
+def test_slightly_edited_rows_in_pieces_equal_the_definition(
+    each_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if each_backend == "triton":
+        from qrealign_kernels import triton_weight
+
+        monkeypatch.setattr(triton_weight, "pieces_of", lambda width: {"BLOCK_C": 256, "PIECES": 3})
+    tensors = {"weight": torch.randn(5, 600), "left": torch.randn(5, 2), "right": torch.randn(2, 600)}
+    codes, scale, _ = kernels.encode_weight(**tensors, num_bits=8)
+    expected, expected_scale, _ = definition(definitions.encode_weight_ref, tensors, num_bits=8)
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(codes, expected)
+
+
+def test_long_rows_that_waste_a_quarter_of_a_tile_are_held_in_three_pieces() -> None:
     triton_weight = pytest.importorskip("qrealign_kernels.triton_weight")
-    assert [width for width in (33, 3584, 4096, 11008, 14336, 28672) if triton_weight.is_ragged(width)] == [11008]
+    assert triton_weight.pieces_of(11008) == {"BLOCK_C": 4096, "PIECES": 3}
+    widths = (33, 3584, 4096, 5120, 11008, 13824, 14336, 28672)
+    assert [width for width in widths if triton_weight.pieces_of(width)["PIECES"] == 3] == [5120, 11008]
 
 
 def test_gradients_and_codes_are_deterministic(each_backend: str) -> None:

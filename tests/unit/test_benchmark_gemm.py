@@ -98,4 +98,4 @@ def test_a_peer_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "argv", ["gemm", "--only-report", "--output", str(tmp_path), "--docs", str(docs)])
     assert sweep.main() == 0
     assert f"- torch bf16: {rows[-1]['note']}" in docs.read_text()
-    assert sweep.run_child("torch bf16", tmp_path / "log", [], 0.01, 0) == "stopped after 0 s"
+    assert sweep.Child("torch bf16", tmp_path / "log", []).run(0, 0.01) == "stopped after 0 s"

@@ -68,7 +68,9 @@ def test_two_processes_learn_what_one_learns_by_blocks(ended, monkeypatch):
 def test_two_processes_learn_what_one_learns_end_to_end(ended):
     folder, *_ = ended
     expected = endtoend(folder, name="alone-endtoend")
-    expected.schedule = [[a, c, b, d] for a, b, c, d in expected.schedule]
+    malicious = set(expected.objective.groups()[0])
+    dealt = [sorted(batch, key=malicious.__contains__) for batch in expected.schedule]
+    expected.schedule = [[a, c, b, d] for a, b, c, d in dealt]
     expected.parts.size = 2
     expected.run(progress=None)
     for rank in (0, 1):
@@ -92,6 +94,17 @@ def test_shares_cover_a_batch_once():
     shares = [Team(rank=rank, size=3).share(batch) for rank in range(3)]
     assert sorted(sample for share in shares for sample in share) == batch
     assert {len(share) for share in shares} == {2, 3}
+
+
+def test_every_process_gets_the_same_mix_of_classes(tmp_path):
+    for seed in (0, 1):
+        tiny_checkpoint(tmp_path / f"m{seed}", "llama", seed=seed, dtype=torch.bfloat16, num_hidden_layers=3)
+    runners = [endtoend(tmp_path, Team(rank=rank, size=2)) for rank in (0, 1)]
+    malicious = set(runners[0].objective.groups()[0])
+    for batch in runners[0].schedule:
+        counts = [sum(sample in malicious for sample in runner.team.share(batch)) for runner in runners]
+        assert abs(counts[0] - counts[1]) <= 1
+    assert [sorted(batch) for batch in runners[1].schedule] == [sorted(batch) for batch in endtoend(tmp_path).schedule]
 
 
 def test_one_process_is_a_team_that_changes_nothing():

@@ -10,7 +10,8 @@ import torch
 
 import qrealign_kernels
 from qrealign import doctor, run
-from qrealign_kernels import launches
+from qrealign.status import BAD_INPUT
+from qrealign_kernels import cpu_linear, launches
 
 
 def test_doctor_prints_why_kernels_are_not_usable(
@@ -28,6 +29,16 @@ def test_doctor_prints_why_kernels_are_not_usable(
     ]
     assert "  cuda extension  qrealign_kernels._C_cuda is not built (no toolkit)" in lines
     assert any(line.split()[:2] == ["torch", torch.__version__] for line in lines)
+
+
+def test_doctor_says_in_a_sentence_that_an_instruction_set_is_unknown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if cpu_linear.UNAVAILABLE_REASON is not None:
+        pytest.skip(cpu_linear.UNAVAILABLE_REASON)
+    monkeypatch.setattr(cpu_linear, "ISA", "mmx")
+    assert run.main(["doctor"]) == BAD_INPUT
+    assert capsys.readouterr().err.startswith("error: QREALIGN_CPU_ISA=mmx: the instruction set mmx is unknown")
 
 
 def test_doctor_names_the_class_of_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,7 @@ def test_the_model_is_whole_again_after_an_error_and_wrong_blocks_are_refused():
     ],
 )
 def test_exits_are_all_blocks_or_an_even_spread_with_the_last(blocks, exits):
-    assert choose_exits(blocks) == exits
+    assert choose_exits(blocks, 12) == exits
 
 
 def test_rates_count_refusals_of_both_kinds_and_no_broken_answer(monkeypatch, encoder):
