@@ -74,8 +74,8 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
         "--schedule",
         choices=SCHEDULES,
         metavar="NAME",
-        help="block-wise engine: parity, the method's own steps (default), or fast, a sixteenth of the paper's steps "
-        "with larger batches, and an end where a block no longer improves",
+        help="parity, the method's own steps (default); fast, block-wise: a sixteenth of the paper's steps with larger "
+        "batches, and an end where a block no longer improves; long, realign: ten times the prompts and steps",
     )
     group.add_argument(
         "--repair", choices=list(REPAIRS), metavar="NAME", help="repair before the quantization: " + ", ".join(REPAIRS)

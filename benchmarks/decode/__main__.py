@@ -29,6 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), metavar="NAME", help="bf16, or a scheme")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], metavar="N", help="sequences (default: 1 8)")
     parser.add_argument("--no-compile", action="store_true", help="leave out the steps that torch.compile has fused")
+    parser.add_argument(
+        "--small", action="store_true", help="packed weights with an int8 head and cache, and the embedding on the host"
+    )
+    parser.add_argument(
+        "--prompt-piece", type=int, metavar="N", help="read prompts N tokens at a time, recorded (default: whole)"
+    )
     parser.add_argument("--profile", action="store_true", help="also write the kernels of a step with their times")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where the rows are kept")
@@ -55,10 +61,11 @@ def _measure(options: argparse.Namespace) -> None:
     geometry, device = find_geometry(options.geometry, options.layers), choose_device(options.device)
     for name in options.weights:
         scheme = None if name == "bf16" else name
-        model, sizes = load(geometry, scheme, device)
+        small = options.small and scheme is not None
+        model, sizes = load(geometry, scheme, device, small=small)
         for compiled in (False,) if options.no_compile else (False, True):
             for batch in options.batches:
-                settings = Settings(batch=batch, compiled=compiled)
+                settings = Settings(batch=batch, compiled=compiled, small=small, prompt_piece=options.prompt_piece)
                 row, decoder = measure(model, geometry, scheme, settings, sizes)
                 store_rows(options.results, [row])
                 print(f"{name} batch {batch} {'compiled' if compiled else 'plain'}: {row.step_ms:.3f} ms", flush=True)

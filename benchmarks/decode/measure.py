@@ -24,15 +24,22 @@ CACHE_TOKENS = 2048
 PROMPT_TOKENS = 1024
 STEPS = 200
 PREFILLS = 10
+_BUFFERS = ("keys", "values", "key_scale", "value_scale")
 WARM_UP = 0.5  # share of the timed calls that run before them, untimed: an idle GPU's clocks are low
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a model is measured: `compiled` says whether `torch.compile` fuses a step's small kernels."""
+    """How a model is measured.
+
+    `compiled` says whether `torch.compile` fuses a step's small kernels; `small` whether the model was loaded and the
+    cache made for the least memory: an int8 head, the embedding on the host, int8 keys and values.
+    """
 
     batch: int = 1
     compiled: bool = False
+    small: bool = False
+    prompt_piece: int | None = None
     cache_tokens: int = CACHE_TOKENS
     prompt_tokens: int = PROMPT_TOKENS
     steps: int = STEPS
@@ -50,8 +57,10 @@ class Row:
     weights: str
     batch: int
     compiled: bool
+    small: bool
     cache_tokens: int
     prompt_tokens: int
+    prompt_piece: int | None
     prefill_tokens_per_s: float
     step_ms: float
     step_ms_p20: float
@@ -65,12 +74,16 @@ class Row:
     peak_bytes: int
 
 
-def load(geometry: Geometry, scheme: str | None, device: torch.device) -> tuple[PreTrainedModel, dict[str, int]]:
+def load(
+    geometry: Geometry, scheme: str | None, device: torch.device, *, small: bool = False
+) -> tuple[PreTrainedModel, dict[str, int]]:
     """Return the model of a random checkpoint with what it takes: stored, in memory, and at most while loading."""
     forget(device)
     source, before = random_source(geometry, scheme), allocated(device)
     if isinstance(source, PackedSource):
-        model, stored = deploy_model(source, device, torch.bfloat16), source.packed_bytes
+        head_bits = 8 if small else None
+        model = deploy_model(source, device, torch.bfloat16, head_bits=head_bits, embedding_on_host=small)
+        stored = source.packed_bytes
     else:
         model, stored = source.load_model(device, torch.bfloat16), source.total_bytes
     peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
@@ -85,7 +98,12 @@ def measure(
     forget(device)
     before = allocated(device)
     decoder = StaticDecoder(
-        model, batch_size=settings.batch, max_length=settings.cache_tokens, compile_step=settings.compiled
+        model,
+        batch_size=settings.batch,
+        max_length=settings.cache_tokens,
+        compile_step=settings.compiled,
+        cache_bits=8 if settings.small else None,
+        prompt_piece=settings.prompt_piece,
     )
     prompt = random_prompt(geometry, settings, device)
     prefills = time_calls(lambda: decoder.prefill(prompt), PREFILLS, device)
@@ -97,14 +115,17 @@ def measure(
     seconds = time_calls(step, settings.steps, device)
     quantiles = statistics.quantiles(seconds, n=5)
     median = statistics.median(seconds)
-    cache = sum(getattr(layer, name).nbytes for layer in decoder.cache.layers for name in ("keys", "values"))
+    buffers = [getattr(layer, name, None) for layer in decoder.cache.layers for name in _BUFFERS]
+    cache = sum(buffer.nbytes for buffer in buffers if buffer is not None)
     row = Row(
         geometry=geometry.folder,
         weights=scheme or "bf16",
         batch=settings.batch,
         compiled=settings.compiled,
+        small=settings.small,
         cache_tokens=settings.cache_tokens,
         prompt_tokens=settings.prompt_tokens,
+        prompt_piece=settings.prompt_piece,
         prefill_tokens_per_s=settings.batch * settings.prompt_tokens / statistics.median(prefills),
         step_ms=1000 * median,
         step_ms_p20=1000 * quantiles[0],

@@ -104,7 +104,7 @@ def identity(plan: Plan, job: Job) -> dict[str, Any]:
 
 def _data_hashes(plan: Plan, job: Job) -> dict[str, str]:
     """Return a SHA-256 of each data file that a job may read besides the prompts that it asks."""
-    specs = plan.calibration(plan.variant(job.variant).task)
+    specs = plan.calibration(plan.variant(job.variant).task, long=True)
     return {
         name: sha256_of_text(*(_file_hash(file.partition("?")[0]) for file in files)) for name, files in specs.items()
     }
@@ -149,7 +149,7 @@ def cell_options(plan: Plan, job: Job, device: str = "auto") -> RunOptions:
             "device": device,
             "eval": "none",
             "quiet": True,
-            **plan.calibration(variant.task),
+            **plan.calibration(variant.task, long=options.get("schedule") == "long"),
             **plan.overrides,
             **options,
         },

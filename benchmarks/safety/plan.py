@@ -157,13 +157,19 @@ class Plan:
         """Return the variant called `name`."""
         return next(variant for variant in self.variants if variant.name == name)
 
-    def calibration(self, task: str) -> dict[str, tuple[str, ...]]:
-        """Return the pipeline's options for calibration data and, so that it keeps the two apart, evaluation data."""
+    def calibration(self, task: str, *, long: bool = False) -> dict[str, tuple[str, ...]]:
+        """Return the pipeline's options for calibration data and, so that it keeps the two apart, evaluation data.
+
+        A long schedule gets every malicious prompt there is. A short one does better on few kinds, asked like the
+        questions of an evaluation: prompts of other kinds teach it to refuse their form (docs/recipe.md).
+        """
         corpora = self.corpora
         questions = corpora.file(f"task_{task}")
+        pairs = () if self.prefill == "pairs" else (corpora.file("pairs_safety"),)  # some of them are kept back then
+        more = (*pairs, *corpora.more("prompts_harmful_train"))
         return {
-            "safety_data": (corpora.file("calib_clean"),),
-            "benign_data": (corpora.file("calib_clean"), *corpora.more("instruct_alpaca")),
+            "safety_data": (corpora.file("calib_clean"), *(more if long else ())),
+            "benign_data": (corpora.file("calib_clean"), *corpora.more("instruct_alpaca"), *self._not_asked()),
             "text_data": corpora.more("text_wikipedia"),
             "borderline_data": (corpora.file("pairs_safety") + _BORDERLINE,),
             "task_data": (f"{questions}?split=train",),
@@ -177,6 +183,14 @@ class Plan:
     def benign_file(self) -> Path:
         """The ordinary prompts drawn for the evaluation."""
         return self.output / "prompts" / "benign.jsonl"
+
+    @property
+    def not_asked_file(self) -> Path:
+        """The other prompts of their source, which calibration may draw; missing where there are none."""
+        return self.output / "prompts" / "benign-not-asked.jsonl"
+
+    def _not_asked(self) -> tuple[str, ...]:
+        return (str(self.not_asked_file),) if self.not_asked_file.is_file() else ()
 
     def prefill_file(self, variant: str) -> Path:
         """The prompts of a variant's prefill attack with the beginnings of their answers."""

@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Sequence
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 from benchmarks.safety.corpora import Corpora
@@ -13,26 +14,35 @@ from benchmarks.safety.plan import Limits, Plan
 from qrealign.data.prompts import Label, Prompt, Role, find_overlap, normalise, read_prompts, sample
 from qrealign.errors import DataError
 from qrealign.evaluate.suite import EvaluationData
-from qrealign.files import read_json, sha256_of_text, write_json, write_text
+from qrealign.files import read_json, remove, sha256_of_text, write_json, write_text
 
 SEED = 0  # of every draw here: all cells are asked the same
 LONGEST_BENIGN = 1000  # characters: longer ones do not fit into the context of small models
 
 
 def write_benign(plan: Plan) -> None:
-    """Draw the ordinary prompts of the evaluation, none of which calibration may see, and write them.
+    """Draw the ordinary prompts of the evaluation, and write them and those that are left for calibration.
 
     Raises:
         DataError: a file is missing, or no prompt is left.
     """
     location = plan.corpora.file("instruct_dolly")
     short = [prompt for prompt in read_prompts(location, role="benign") if len(prompt.text) <= LONGEST_BENIGN]
+    remove(plan.not_asked_file)  # of an earlier call: not part of what the draw has to avoid
     apart = _without(short, _calibration_pool(plan))
     if not apart:
         raise DataError(f"{location} has no short prompt that calibration does not use: give one with more rows")
     drawn = sample(apart, min(len(apart), plan.limits.benign, plan.limits.limit or len(apart)), SEED)
-    rows = [{"prompt": prompt.text, "source": prompt.source} for prompt in drawn]
-    write_text(plan.benign_file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    telling = {overlap.training for overlap in find_overlap(apart, drawn)}  # the drawn ones among them
+    left = [prompt for prompt in apart if prompt.text not in telling]
+    _write_prompts(plan.benign_file, drawn)
+    if left:
+        _write_prompts(plan.not_asked_file, left)
+
+
+def _write_prompts(file: Path, prompts: Sequence[Prompt]) -> None:
+    rows = [{"prompt": prompt.text, "source": prompt.source} for prompt in prompts]
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _calibration_pool(plan: Plan) -> list[Prompt]:

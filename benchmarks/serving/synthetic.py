@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--max-slots", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--small", action="store_true", help="an int8 head and cache, and the embedding on the host")
     parser.add_argument("--no-cuda-graphs", action="store_true")
     options = parser.parse_args()
     from qrealign.data.encode import ChatEncoder
@@ -41,14 +42,14 @@ def main() -> None:
     from qrealign.serve.server import listen, run_server
 
     geometry, device = find_geometry(options.geometry, options.layers), choose_device(options.device)
-    model, _ = load(geometry, None if options.weights == "bf16" else options.weights, device)
+    model, _ = load(geometry, None if options.weights == "bf16" else options.weights, device, small=options.small)
     encoder = ChatEncoder(word_tokenizer(geometry.vocabulary), max_length=options.max_length)
     served = ServedModel(
         name=geometry.name,
         model=model,
         encoder=encoder,
         stop_ids=frozenset(),
-        scheme=options.weights,
+        scheme=options.weights + (" in less memory" if options.small else ""),
         verdict=None,
     )
     settings = ServeOptions(
@@ -56,6 +57,7 @@ def main() -> None:
         port=0,
         max_slots=options.max_slots,
         max_length=options.max_length,
+        cache_bits=8 if options.small else None,
         cuda_graphs=not options.no_cuda_graphs,
         max_queue=1024,
     )

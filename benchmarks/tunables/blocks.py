@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -13,24 +14,38 @@ from benchmarks.tunables.tunable import Calls, Tunable
 from qrealign_kernels.launches import Choice
 
 HEAD_SIZE, CELLS, FILLED = 128, 2048, 1100
-# Key -> rows, heads of queries and heads of keys.
-ATTENTION = {"p8": (1, 32, 8), "p32": (1, 32, 32), "p64": (8, 32, 8), "p256": (8, 32, 32), "p1024": (32, 32, 32)}
+# Key -> rows, heads of queries and heads of keys, and whether the cache holds codes.
+_SIZES = {"p8": (1, 32, 8), "p32": (1, 32, 32), "p64": (8, 32, 8), "p256": (8, 32, 32), "p1024": (32, 32, 32)}
+ATTENTION = {
+    f"{key}{'-codes' if codes else ''}": (*sizes, codes) for key, sizes in _SIZES.items() for codes in (False, True)
+}
+PROMPTS = {"plain": (False,), "codes": (True,)}
+PIECE = 512  # tokens of a prompt, behind as many
 GATE = {"few": (1, 11008), "default": (1024, 11008)}
 
 
 def attention_candidates(key: str) -> list[Choice]:
     """Return cuts into 1 to 32 runs by tiles of 32 to 128 cells, fewer runs where rows and heads are many."""
+    pairs = int(key[1:].partition("-")[0])
     return [
         {"SPLITS": splits, "BLOCK_S": cells, "num_warps": warps, "num_stages": stages}
         for splits, cells, warps, stages in product((1, 2, 4, 8, 16, 32), (32, 64, 128), (2, 4, 8), (2, 3))
-        if 128 <= splits * int(key[1:]) <= 1024 and 16 <= cells // warps <= 32
+        if 128 <= splits * pairs <= 1024 and 16 <= cells // warps <= 32
     ]
 
 
-def attention_calls(batch: int, heads: int, groups: int) -> Calls:
-    """Return steps of all rows in a half-filled cache; the mask of padding is read as in generation."""
-    count = rotations(2 * batch * groups * FILLED * HEAD_SIZE * 2)
+def _buffers(batch: int, groups: int, codes: bool) -> dict[str, Any]:
+    """Return a cache of random keys and values."""
     shape = (batch, groups, CELLS, HEAD_SIZE)
+    if not codes:
+        return {name: torch.randn(shape, device="cuda", dtype=torch.bfloat16) for name in ("keys", "values")}
+    made = {name: torch.randint(-128, 128, shape, device="cuda", dtype=torch.int8) for name in ("keys", "values")}
+    return made | {name: torch.rand(shape[:3], device="cuda") / 64 for name in ("key_scale", "value_scale")}
+
+
+def attention_calls(batch: int, heads: int, groups: int, codes: bool) -> Calls:
+    """Return steps of all rows in a half-filled cache; the mask of padding is read as in generation."""
+    count = rotations(2 * batch * groups * FILLED * HEAD_SIZE * (1 if codes else 2))
     calls: Calls = []
     for _ in range(count):
         states = torch.randn(batch, heads + 2 * groups, HEAD_SIZE, device="cuda").bfloat16()
@@ -44,8 +59,7 @@ def attention_calls(batch: int, heads: int, groups: int) -> Calls:
                 value,
                 cos=turn,
                 sin=turn,
-                keys=torch.randn(shape, device="cuda", dtype=torch.bfloat16),
-                values=torch.randn(shape, device="cuda", dtype=torch.bfloat16),
+                **_buffers(batch, groups, codes),
                 cells=torch.full((1,), FILLED, device="cuda"),
                 mask=torch.ones(batch, CELLS, device="cuda", dtype=torch.bool),
                 length=CELLS,
@@ -53,6 +67,39 @@ def attention_calls(batch: int, heads: int, groups: int) -> Calls:
             )
         )
     return calls
+
+
+def prompt_candidates(key: str) -> list[Choice]:
+    """Return tiles of 64 or 128 tokens by 32 to 128 cells."""
+    return [
+        {"BLOCK_T": tokens, "BLOCK_S": cells, "num_warps": warps, "num_stages": stages}
+        for tokens, cells, warps, stages in product((64, 128), (32, 64, 128), (4, 8), (2, 3))
+        if tokens // warps >= 8
+    ]
+
+
+def prompt_calls(codes: bool) -> Calls:
+    """Return pieces of a prompt of one row behind a piece that was read before; the mask is read as in generation."""
+    heads, states = 32, torch.randn(1, PIECE, 3 * 32, HEAD_SIZE, device="cuda").bfloat16()
+    query, key, value = states.split(heads, dim=2)
+    turn = torch.rand(1, PIECE, HEAD_SIZE, device="cuda").bfloat16()
+    seen = torch.arange(CELLS, device="cuda") <= torch.arange(PIECE, 2 * PIECE, device="cuda")[None, :, None]
+    return [
+        partial(
+            kernels.prompt_attention,
+            query,
+            key,
+            value,
+            cos=turn,
+            sin=turn,
+            **_buffers(1, heads, codes),
+            cells=torch.full((1,), PIECE, device="cuda"),
+            mask=seen,
+            length=CELLS,
+            scaling=HEAD_SIZE**-0.5,
+        )
+        for _ in range(rotations(4 * heads * PIECE * HEAD_SIZE * (1 if codes else 2)))
+    ]
 
 
 def gate_candidates(key: str) -> list[Choice]:
@@ -75,5 +122,6 @@ def gate_calls(tokens: int, columns: int) -> Calls:
 
 TUNABLES = (
     Tunable(name="decode_attention", keys=ATTENTION, candidates=attention_candidates, make_calls=attention_calls),
+    Tunable(name="prompt_attention", keys=PROMPTS, candidates=prompt_candidates, make_calls=prompt_calls),
     Tunable(name="silu_mul", keys=GATE, candidates=gate_candidates, make_calls=gate_calls),
 )

@@ -1,7 +1,8 @@
 """Quantization ops of qrealign: each with its definition in PyTorch, Triton kernels for GPUs and C++ for CPUs."""
 
+from qrealign_kernels.attention_ops import decode_attention, prompt_attention
 from qrealign_kernels.backend import build_info, use_backend
-from qrealign_kernels.block_ops import add_rms_norm, add_rms_norm_quantize, decode_attention, silu_mul
+from qrealign_kernels.block_ops import add_rms_norm, add_rms_norm_quantize, gather_rows, silu_mul
 from qrealign_kernels.calibration_ops import (
     encode_weight,
     reduced_weight_gradient,
@@ -37,11 +38,13 @@ __all__ = [
     "encode_weight",
     "fake_quant_per_token",
     "fake_quant_weight",
+    "gather_rows",
     "int8_matmul",
     "int8_matmul_dx",
     "pack_codes",
     "pack_int4",
     "packed_linear",
+    "prompt_attention",
     "quantize_per_token",
     "quantize_weight",
     "reduced_weight_gradient",

@@ -1,4 +1,4 @@
-"""Public ops of a decoder block beside its products, for inference; checks and choice of backend as in `ops.py`.
+"""Public ops of a decoder block beside its products and attention, for inference; checks and backends as in `ops.py`.
 
 No op has a gradient. Under torch.compile norm and gate are traced as their definitions, which the compiler fuses with
 what stands around them.
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from qrealign_kernels.backend import backend_for
 from qrealign_kernels.calibration_ops import check_gate, check_norm
-from qrealign_kernels.linear_ops import FLOATS
 from qrealign_kernels.quantized import QuantizedActivations
 from qrealign_kernels.reference_block import add_rms_norm_quantize_ref, add_rms_norm_ref, normed_dtype
 from qrealign_kernels.reference_calibration import silu_mul_ref
@@ -89,101 +88,35 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
         return backend_for(gate).silu_mul(gate, up)
 
 
-@torch.no_grad()
-def decode_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    cells: Tensor,
-    mask: Tensor | None = None,
-    *,
-    length: int,
-    scaling: float,
-    advance: bool = False,
-) -> Tensor:
-    """Attend from one new token a row to the tokens in front of it, and store its key and value.
+def gather_rows(table: Tensor, indices: Tensor) -> Tensor:
+    """Return the rows of a table at some indices, on the device of the indices, as an embedding does.
 
-    Queries and keys are turned by rotary embeddings in the split-half layout, the key and the value are written to the
-    row's cell of the buffers, and the token attends to itself and to the cells in front of its own that are below
-    `length` and that the mask shows. A kernel reads those cells alone, however long the buffers are; where they end
-    is known on the device only, so that a recorded step can be replayed for every position.
+    The table may lie in the host's pinned memory: a GPU's kernel reads the rows from there, without a copy of the rest
+    and without the host's help, so that it can be recorded.
 
     Args:
-        query: `[B, Hq, D]` float32, float16 or bfloat16, D even.
-        key, value: `[B, Hk, D]`, Hk a divisor of Hq; heads of queries that stand together share one.
-        cos, sin: `[B, D]` in the same dtype; rows may be one row expanded.
-        keys, values: `[B or more, Hk, S, D]` in the same dtype, the last dimension contiguous; written to.
-        cells: int64, `[B]` or `[1]` for all rows, each in `[0, S)`.
-        mask: `[B, length]` bool, True where a cell is seen, or None for all.
-        length: cells that may be read, at most S.
-        scaling: of the scores, in front of the softmax.
-        advance: whether `cells`, `[1]`, is moved on by one behind it.
+        table: `[V, H]` floating point, contiguous.
+        indices: `[...]` int64, each in `[0, V)`.
 
     Returns:
-        `[B, Hq, D]`.
+        `[..., H]` in the table's dtype.
 
     Raises:
-        ValueError: a shape does not fit.
-        TypeError: a dtype is not of the ones named.
+        ValueError: the table is no contiguous matrix, or lies in memory that the indices' device cannot read.
+        TypeError: the indices are not int64.
         BackendUnavailableError: the backend chosen by name cannot take these tensors.
     """
-    _check_attention(query, key, value, cos, sin, keys, values, cells, mask, length, advance)
-    return backend_for(query).decode_attention(
-        query, key, value, cos, sin, keys, values, cells, mask, length=length, scaling=scaling, advance=advance
-    )
+    if table.dim() != 2 or not table.is_contiguous():
+        raise ValueError(f"table must be a contiguous [V, H], got {tuple(table.shape)}, strides {table.stride()}")
+    if table.device != indices.device and not (indices.is_cuda and table.is_pinned()):
+        raise ValueError(f"table must be pinned or on {indices.device}, got one on {table.device}")
+    if indices.dtype != torch.int64:
+        raise TypeError(f"indices must be int64, got {indices.dtype}")
+    with torch.no_grad():
+        return backend_for(indices).gather_rows(table, indices)
 
 
 def _check_sum(x: Tensor, branch: Tensor | None, weight: Tensor, num_bits: int = 8) -> None:
     check_norm(x, weight, num_bits)
     if branch is not None and (branch.shape != x.shape or branch.dtype != x.dtype):
         raise ValueError(f"branch must be {tuple(x.shape)} {x.dtype} as x is, got {tuple(branch.shape)} {branch.dtype}")
-
-
-def _check_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    cells: Tensor,
-    mask: Tensor | None,
-    length: int,
-    advance: bool,
-) -> None:
-    if query.dim() != 3 or key.dim() != 3 or query.shape[1] % key.shape[1] or query.shape[2] % 2:
-        raise ValueError(
-            f"query must be [B, Hq, D] and key [B, Hk, D], D even and Hk a divisor of Hq, got {tuple(query.shape)} "
-            f"and {tuple(key.shape)}"
-        )
-    batch, _, size = query.shape
-    wanted: dict[str, tuple[int, ...]] = {"key": (batch, key.shape[1], size), "value": (batch, key.shape[1], size)}
-    wanted |= {"cos": (batch, size), "sin": (batch, size)}
-    given = {"key": key, "value": value, "cos": cos, "sin": sin, "keys": keys, "values": values}
-    for name, shape in wanted.items():
-        if tuple(given[name].shape) != shape:
-            raise ValueError(f"{name} must be {shape} for query {tuple(query.shape)}, got {tuple(given[name].shape)}")
-    for name, tensor in given.items():
-        if tensor.dtype != query.dtype or query.dtype not in FLOATS:
-            raise TypeError(f"query and {name} must have one floating point dtype, got {query.dtype}, {tensor.dtype}")
-    if (
-        keys.shape != values.shape
-        or keys.dim() != 4
-        or len(keys) < batch
-        or (keys.shape[1], keys.shape[3]) != (key.shape[1], size)
-        or not 0 <= length <= keys.shape[2]
-        or keys.stride(3) != 1
-    ):
-        raise ValueError(
-            f"keys and values must be [{batch} or more, {key.shape[1]}, {length} or more, {size}], got "
-            f"{tuple(keys.shape)} and {tuple(values.shape)}"
-        )
-    if cells.dtype != torch.int64 or tuple(cells.shape) not in {(1,), (batch,)} or (advance and len(cells) != 1):
-        raise ValueError(f"cells must be int64 [{batch}], or [1] to advance, got {tuple(cells.shape)} {cells.dtype}")
-    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (batch, length)):
-        raise ValueError(f"mask must be bool {(batch, length)}, got {tuple(mask.shape)} {mask.dtype}")

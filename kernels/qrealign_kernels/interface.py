@@ -10,7 +10,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from qrealign_kernels import packing, reference, reference_block, reference_calibration, reference_linear
+from qrealign_kernels import (
+    packing,
+    reference,
+    reference_attention,
+    reference_block,
+    reference_calibration,
+    reference_linear,
+)
 from qrealign_kernels.quantized import PackedWeight
 from qrealign_kernels.reference import GradientSums
 from qrealign_kernels.reference_calibration import WeightGradients
@@ -52,7 +59,9 @@ class Backend:
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     add_rms_norm_quantize: Callable[..., tuple[Tensor, Tensor, Tensor]]
     silu_mul: Callable[[Tensor, Tensor], Tensor]
+    gather_rows: Callable[[Tensor, Tensor], Tensor]
     decode_attention: Callable[..., Tensor]
+    prompt_attention: Callable[..., Tensor]
     keeps_fake: bool
 
 
@@ -81,6 +90,8 @@ REFERENCE = Backend(
     add_rms_norm=reference_block.add_rms_norm_ref,
     add_rms_norm_quantize=reference_block.add_rms_norm_quantize_ref,
     silu_mul=reference_calibration.silu_mul_ref,
-    decode_attention=reference_block.decode_attention_ref,
+    gather_rows=reference_block.gather_rows_ref,
+    decode_attention=reference_attention.decode_attention_ref,
+    prompt_attention=reference_attention.prompt_attention_ref,
     keeps_fake=True,
 )

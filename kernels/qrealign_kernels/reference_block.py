@@ -1,7 +1,4 @@
-"""Pure-PyTorch definitions of what a decoder block does beside its products when it adds one token to a sequence.
-
-Every step is rounded to the tensors' dtype where Hugging Face's blocks round it; sums are in float32.
-"""
+"""Pure-PyTorch definitions of what a decoder block does beside its products and attention: norms behind sums."""
 
 from __future__ import annotations
 
@@ -33,43 +30,6 @@ def normed_dtype(x: Tensor, weight: Tensor, offset: float) -> torch.dtype:
     return torch.promote_types(x.dtype, weight.dtype) if offset == 0.0 else x.dtype
 
 
-def rotate_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channels j and j + D / 2 of `[..., H, D]` heads by the angles behind cos and sin, `[..., D]`."""
-    low, high = x.chunk(2, dim=-1)
-    return x * cos[..., None, :] + torch.cat((-high, low), dim=-1) * sin[..., None, :]
-
-
-def decode_attention_ref(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    cells: Tensor,
-    mask: Tensor | None,
-    *,
-    length: int,
-    scaling: float,
-    advance: bool,
-) -> Tensor:
-    """Rotate, store and attend, for one token a row; see `block_ops.decode_attention`."""
-    batch, heads, _ = query.shape
-    query, key = rotate_ref(query, cos, sin), rotate_ref(key, cos, sin)
-    rows = torch.arange(batch, device=query.device)
-    places = cells.expand(batch)
-    seen = torch.arange(length, device=query.device) < places[:, None]  # [B, length]; the new token stands apart
-    if mask is not None:
-        seen = seen & mask[:, :length]
-    group = heads // key.shape[1]
-    old_keys, old_values = (buffer[:batch, :, :length].float() for buffer in (keys, values))
-    keys[rows, :, places], values[rows, :, places] = key, value
-    wide = query.float().reshape(batch, -1, group, query.shape[2])  # [B, heads of keys, group, D]
-    new_score = (wide * key.float()[:, :, None]).sum(-1, keepdim=True)
-    scores = torch.cat(((wide @ old_keys.mT).masked_fill(~seen[:, None, None], -torch.inf), new_score), dim=-1)
-    shares = (scores * scaling).softmax(dim=-1)
-    out = shares[..., :-1] @ old_values + shares[..., -1:] * value.float()[:, :, None]
-    if advance:
-        cells.add_(1)
-    return out.reshape(query.shape).to(query.dtype)
+def gather_rows_ref(table: Tensor, indices: Tensor) -> Tensor:
+    """Return `table[indices]` on the indices' device; see `block_ops.gather_rows`."""
+    return table[indices.to(table.device)].to(indices.device)

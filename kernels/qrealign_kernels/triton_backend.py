@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from qrealign_kernels import triton_activations, triton_block, triton_linear, triton_weight, triton_weight_gradients
+from qrealign_kernels import (
+    triton_activations,
+    triton_attention,
+    triton_block,
+    triton_linear,
+    triton_weight,
+    triton_weight_gradients,
+)
 from qrealign_kernels.interface import REFERENCE
 
 BACKEND = dataclasses.replace(
@@ -24,7 +31,9 @@ BACKEND = dataclasses.replace(
     add_rms_norm=triton_block.add_rms_norm,
     add_rms_norm_quantize=triton_block.add_rms_norm_quantize,
     silu_mul=triton_block.silu_mul,
-    decode_attention=triton_block.decode_attention,
+    gather_rows=triton_block.gather_rows,
+    decode_attention=triton_attention.decode_attention,
+    prompt_attention=triton_attention.prompt_attention,
     repack_weight=triton_linear.repack_weight,
     packed_linear=triton_linear.packed_linear,
     int8_matmul=triton_linear.int8_matmul,

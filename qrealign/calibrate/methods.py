@@ -17,7 +17,7 @@ ENGINES = ("endtoend", "blockwise")
 FEWEST_SAMPLES = 200  # arXiv 2601.08089
 DECISION_TOKENS = 6
 EDITS = ("lowrank", "bias", "none")
-SCHEDULES = ("parity", "fast")
+SCHEDULES = ("parity", "fast", "long")
 FAST_BATCH = 16
 FAST_PLATEAU = 0.01
 
@@ -33,7 +33,8 @@ class CalibrationSettings:
 
     `epochs` is the block-wise base: half of it for the first half of the blocks, one and a half for the others; a block
     is done before when an epoch's mean loss is not below the lowest one so far by the share `plateau`, 0 for never.
-    `steps` is the end-to-end count. `task_share`, `borderline_share` and `text_share`, relative to `samples`, add
+    `steps` is the end-to-end count, less where they would be more than `passes` over the samples (0 for no such limit).
+    `task_share`, `borderline_share` and `text_share`, relative to `samples`, add
     prompts of those kinds and windows of running text to the benign class; `borderline_weight` and `text_weight`
     multiply the loss of such a sample, `benign_weight` that of the class, end-to-end. Learning rates of 0 leave that
     class of parameters out. `edit_budget` bounds the edit's Frobenius norm relative to the weight's.
@@ -62,6 +63,7 @@ class CalibrationSettings:
     epochs: float = 10.0
     plateau: float = 0.0
     steps: int = 80
+    passes: float = 0.0
     warmup_steps: int = 0
     clip_learning_rate: float = 0.0
     clip_start: float = 4.0
@@ -89,6 +91,11 @@ class CalibrationSettings:
     text_share: float = 0.0
     text_weight: float = 1.0
     seed: int = 0
+
+    def fitted(self, samples: int) -> CalibrationSettings:
+        """Return the settings for the number of samples that the data has."""
+        most = max(1, round(self.passes * samples / self.batch_size)) if self.passes else self.steps
+        return replace(self, samples=samples, steps=min(self.steps, most))
 
     def counts(self) -> dict[str, int]:
         """Return how many prompts, and windows of text, of each kind to draw where the data has them.
@@ -150,7 +157,7 @@ _REALIGN = CalibrationSettings(
     malicious_share=0.45,
     batch_size=12,
     steps=140,
-    benign_weight=2.3,
+    benign_weight=1.6,
     warmup_steps=5,
     edit_learning_rate=3e-3,
     edit_rank=2,
@@ -164,7 +171,7 @@ _REALIGN = CalibrationSettings(
     text_weight=3.0,
 )
 # Weights of four bits leave the same recipe nearer to refusing, so what is harmless counts for more.
-_REALIGN_FOUR_BIT = replace(_REALIGN, benign_weight=4.0)
+_REALIGN_FOUR_BIT = replace(_REALIGN, benign_weight=3.2)
 # Rounding activations to four bits costs so much that the edit has to win some of it back: more of everything, channel
 # scales, and most of the benign prompts from the task.
 _REALIGN_COARSE = replace(
@@ -276,9 +283,12 @@ def method_settings(
         asked = " ".join(f"--{flag} {name}" for flag, name in (("engine", engine), ("edit", edit)) if name is not None)
         raise ConfigError(f"method {method!r} has no {asked}: it offers {offered}")
     given = {name: value for name, value in overrides.items() if value is not None}
+    if "steps" in given:
+        given["passes"] = 0.0  # a number that was asked for is no upper limit
     coarse = _COARSE_ACTIVATIONS if activation_bits == 4 else _COARSE_WEIGHTS if weight_bits == 4 else {}
     row = coarse.get(fitting[0], _TABLE[fitting[0]])
-    return replace(_fast(row) if schedule == "fast" else row, **given)  # type: ignore[arg-type]
+    scheduled = {"fast": _fast, "long": _long}.get(schedule or "", lambda settings: settings)
+    return replace(scheduled(row), **given)
 
 
 def _fast(settings: CalibrationSettings) -> CalibrationSettings:
@@ -298,4 +308,34 @@ def _fast(settings: CalibrationSettings) -> CalibrationSettings:
         batch_size=FAST_BATCH,
         plateau=FAST_PLATEAU,
         **{name: getattr(settings, name) * growth for name in rates},
+    )
+
+
+def _long(settings: CalibrationSettings) -> CalibrationSettings:
+    """Return settings of `realign` for ten times the prompts and steps, or as much of both as the data has.
+
+    Harmful answers and refusals of borderline prompts trade as before; ordinary prompts and prefill attacks are told
+    apart better (docs/recipe.md). One benign weight serves weights of four and of eight bits here.
+    """
+    if settings.method != "realign" or settings.engine != "endtoend":
+        raise ConfigError(
+            f"--schedule long is for method 'realign' with the end-to-end engine, not for {settings.method!r} with "
+            f"{settings.engine!r}: leave it out"
+        )
+    return replace(
+        settings,
+        samples=20_000,
+        malicious_share=0.5,
+        batch_size=32,
+        steps=800,
+        passes=1.28,
+        benign_weight=1.8,
+        edit_rank=max(8, settings.edit_rank),
+        edit_budget=max(0.05, settings.edit_budget),
+        recovery_share=0.1,
+        task_share=max(0.12, settings.task_share),
+        task_labels=1.0,
+        borderline_share=0.1,
+        borderline_weight=0.6,
+        text_share=0.08,
     )

@@ -59,14 +59,16 @@ class TeacherCache:
         return [index for index, sample in enumerate(self.samples) if sample.label == label]
 
     def save(self, path: Path) -> None:
-        """Write the cache as one safetensors file."""
-        tensors = {
-            f"{i:06d}.{key}": getattr(sample, key)
-            for i, sample in enumerate(self.samples)
-            for key in _SAMPLE_TENSORS
-            if getattr(sample, key) is not None
-        }
-        tensors["labels"] = torch.tensor([int(sample.label) for sample in self.samples])
+        """Write the cache as one safetensors file: each field of all samples end to end, and how much is whose.
+
+        A file of a tensor a sample would take longer to write and read than thousands of samples take to teach.
+        """
+        tensors = {"labels": torch.tensor([int(sample.label) for sample in self.samples])}
+        for key in _SAMPLE_TENSORS:
+            parts = [getattr(sample, key) for sample in self.samples]
+            tensors[f"{key}.lengths"] = torch.tensor([0 if part is None else len(part) for part in parts])
+            if any(part is not None for part in parts):
+                tensors[key] = torch.cat([part for part in parts if part is not None])
         if self.head_weight is not None:
             tensors["head_weight"] = self.head_weight
         write_tensors(path, tensors)
@@ -76,10 +78,11 @@ class TeacherCache:
         """Read what `save` wrote."""
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        fields = {
+            key: tensors[key].split(tensors[f"{key}.lengths"].tolist()) for key in _SAMPLE_TENSORS if key in tensors
+        }
         samples = [
-            TeacherSample(
-                label=Label(label), **{k: tensors[n] for k in _SAMPLE_TENSORS if (n := f"{i:06d}.{k}") in tensors}
-            )
+            TeacherSample(label=Label(label), **{key: parts[i] for key, parts in fields.items() if len(parts[i])})
             for i, label in enumerate(tensors["labels"].tolist())
         ]
         return cls(samples=samples, head_weight=tensors.get("head_weight"))
@@ -165,8 +168,8 @@ def teach_recovery(
                 label=refusal.label,
                 input_ids=input_ids,
                 positions=refusal.positions + len(opening),
-                weights=refusal.weights.clone(),  # a file holds no tensor twice
-                hidden=refusal.hidden.clone(),
+                weights=refusal.weights,
+                hidden=refusal.hidden,
             )
         )
     return samples

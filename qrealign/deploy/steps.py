@@ -3,43 +3,30 @@
 The modules stay Hugging Face's own, with another `forward`:
 
 - a block lets the norm behind each residual sum make that sum, the norm of the next block included;
-- attention over one new token a row and a cache of fixed size turns, stores and attends in one op; everything else
-  (prompts, growing caches, torch.compile, which fuses by itself) goes the way of the class.
+- attention over a cache of fixed size turns, stores and attends in one op, for a step and for a prompt; everything else
+  (growing caches, additive masks, torch.compile, which fuses by itself) goes the way of the class.
 """
 
 from __future__ import annotations
 
 from types import MethodType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import StaticLayer
 
 from qrealign.arch import BlockSpec
 from qrealign.deploy.blocks import rms_norm_eps
+from qrealign.deploy.cache import STATIC_LAYERS, CachePlace, static_place
+from qrealign.deploy.decoder import LENGTH_DEPENDENT_ROPE
 from qrealign.deploy.layers import MovedNorm, SummingNorm
 from qrealign.models.placement import replace_module
-from qrealign_kernels import decode_attention
+from qrealign_kernels import decode_attention, prompt_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
-
-
-class StepCells(NamedTuple):
-    """Where one new token a row goes in a layer of a cache, and what it may read.
-
-    keys, values: `[B or more, heads, cells, head size]`. cells: `[B]` or `[1]` int64. length: cells that may be read.
-    advance: whether the layer counts its tokens in `cells` itself.
-    """
-
-    keys: Tensor
-    values: Tensor
-    cells: Tensor
-    length: int
-    advance: bool
 
 
 def fuse_steps(model: PreTrainedModel, spec: BlockSpec) -> None:
@@ -52,6 +39,9 @@ def fuse_steps(model: PreTrainedModel, spec: BlockSpec) -> None:
         for name in _NORMS:
             _replace_norm(block, name, spec)
     _replace_norm(model, spec.final_norm, spec)
+    rotary: Any = model.base_model.rotary_emb
+    if rotary.rope_type not in LENGTH_DEPENDENT_ROPE:
+        rotary.forward = MethodType(_angles, rotary)
     following = [*(block.input_layernorm for block in blocks[1:]), model.get_submodule(spec.final_norm)]
     for block, norm in zip(blocks, following, strict=True):
         if all(isinstance(one, (SummingNorm, MovedNorm)) for one in (block.post_attention_layernorm, norm)):
@@ -83,7 +73,9 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute what the attention's class does."""
-    place = _place(attention.layer_idx, hidden_states, attention_mask, past_key_values)
+    width = attention.k_proj.out_features // attention.head_dim
+    none_yet = hidden_states.new_empty(len(hidden_states), width, 0, attention.head_dim)
+    place = _place(attention.layer_idx, hidden_states, attention_mask, past_key_values, none_yet)
     if place is None:
         found: tuple[Tensor, Tensor | None] = type(attention).forward(
             attention,
@@ -94,47 +86,63 @@ def _attend(
             **options,
         )
         return found
-    batch = len(hidden_states)
+    out = _attend_to(place, attention, hidden_states, position_embeddings, attention_mask)
+    return attention.o_proj(out.flatten(2)), None
+
+
+def _attend_to(
+    place: CachePlace, attention: Any, hidden_states: Tensor, turns: tuple[Tensor, Tensor], mask: Tensor | None
+) -> Tensor:
+    """Store the keys and values of `[B, T, H]` and attend: `[B, T, heads, head size]`."""
+    batch, tokens = hidden_states.shape[:2]
     query, key, value = (
-        project(hidden_states)[:, 0].unflatten(-1, (-1, attention.head_dim))
+        project(hidden_states).unflatten(-1, (-1, attention.head_dim))
         for project in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    cos, sin = (turn[:, 0].expand(batch, -1) for turn in position_embeddings)
-    mask = None if attention_mask is None else attention_mask[:, 0, 0].expand(batch, -1)
-    out = decode_attention(
-        query,
-        key,
-        value,
-        cos,
-        sin,
-        place.keys,
-        place.values,
-        place.cells,
-        mask,
-        length=place.length,
-        scaling=attention.scaling,
-        advance=place.advance,
-    )
-    return attention.o_proj(out.reshape(batch, 1, -1)), None
+    cos, sin = (turn.expand(batch, -1, -1) for turn in turns)
+    mask = None if mask is None else mask[:, 0].expand(batch, -1, -1)
+    options: dict[str, Any] = {
+        "key_scale": place.key_scale,
+        "value_scale": place.value_scale,
+        "length": place.length,
+        "scaling": attention.scaling,
+        "advance": place.advance,
+    }
+    if tokens > 1 or place.rows is not None:
+        return prompt_attention(
+            query, key, value, cos, sin, place.keys, place.values, place.cells, mask, rows=place.rows, **options
+        )
+    cells = place.cells if place.cells.dim() == 1 else place.cells[:, 0]
+    mask = None if mask is None else mask[:, 0]
+    query, key, value, cos, sin = (states[:, 0] for states in (query, key, value, cos, sin))
+    return decode_attention(query, key, value, cos, sin, place.keys, place.values, cells, mask, **options)[:, None]
 
 
-def _place(layer: int, hidden_states: Tensor, mask: Tensor | None, cache: Any) -> StepCells | None:
-    """Return where a step's token goes, None where this is no step or the op does not know the cache or the mask."""
-    if torch.compiler.is_compiling() or hidden_states.shape[1] != 1 or cache is None:
+def _place(layer: int, hidden_states: Tensor, mask: Tensor | None, cache: Any, new: Tensor) -> CachePlace | None:
+    """Return where tokens go, None where the ops do not know the cache or the mask; `new` is as keys are, but empty."""
+    if torch.compiler.is_compiling() or cache is None or layer >= len(cache.layers):
         return None
-    place = _cells_of(cache.layers[layer]) if layer < len(cache.layers) else None
-    if place is None or place.keys.dtype != hidden_states.dtype:
+    place = _place_in(cache.layers[layer], new)
+    if place is None or (place.key_scale is None and place.keys.dtype != hidden_states.dtype):
         return None
-    fits = mask is None or (mask.dtype == torch.bool and mask.shape[1:] == (1, 1, place.length))
-    return place if fits else None
+    wanted = (1, hidden_states.shape[1], place.length)
+    return place if mask is None or (mask.dtype == torch.bool and mask.shape[1:] == wanted) else None
 
 
-def _cells_of(layer: Any) -> StepCells | None:
-    """Return a cache layer's place for a step: Hugging Face's static one knows it, or a layer says it by itself."""
-    if hasattr(layer, "step_cells"):
-        found: StepCells | None = layer.step_cells()
-        return found
-    if type(layer) is not StaticLayer or not layer.is_initialized:
+def _place_in(layer: Any, new: Tensor) -> CachePlace | None:
+    """Return a cache layer's place: a layer says it by itself, or it is Hugging Face's static one or ours."""
+    known = hasattr(layer, "cache_place") or type(layer) in STATIC_LAYERS
+    if known and not layer.is_initialized:
+        layer.lazy_initialization(new, new)
+    if not known:
         return None
-    assert layer.keys is not None and layer.values is not None
-    return StepCells(layer.keys, layer.values, layer.cumulative_length.view(1), layer.max_cache_len, True)
+    place: CachePlace | None = layer.cache_place() if hasattr(layer, "cache_place") else static_place(layer)
+    return place
+
+
+def _angles(rotary: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute what the rotary embedding's class does, without the library's product, which would keep a workspace."""
+    angles = position_ids[..., None].float() * rotary.inv_freq.float()
+    angles = torch.cat((angles, angles), dim=-1)
+    cos, sin = ((turn * rotary.attention_scaling).to(x.dtype) for turn in (angles.cos(), angles.sin()))
+    return cos, sin

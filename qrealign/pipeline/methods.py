@@ -58,8 +58,8 @@ class MethodSpec:
 
     def with_samples(self, samples: int) -> MethodSpec:
         """Return the method with the number of prompts that the data has."""
-        polish = None if self.polish is None else replace(self.polish, samples=samples)
-        return replace(self, settings=replace(self.settings, samples=samples), polish=polish)
+        polish = None if self.polish is None else self.polish.fitted(samples)
+        return replace(self, settings=self.settings.fitted(samples), polish=polish)
 
     def identity(self) -> dict[str, Any]:
         """Return everything that decides what the method computes."""
@@ -124,7 +124,7 @@ def method_spec(
         interpolation: coefficient of the repair `interpolate`.
         weight_bits, activation_bits: bits that they are rounded to, None where they are not; some methods have settings
             of their own for four.
-        schedule: how many steps the block-wise engine makes, of what size.
+        schedule: how many steps calibration makes, of what size.
         setting: `field=value`, `repair.field=value` or `polish.field=value`, applied last.
         overrides: fields of the calibration settings; None leaves the method's own value.
 

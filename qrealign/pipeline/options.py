@@ -139,7 +139,7 @@ class RunOptions:
             )
         if self.epochs is not None and self.steps is None and settings.engine == "endtoend":
             steps = max(1, round(self.epochs * settings.samples / settings.batch_size))
-            spec = replace(spec, settings=replace(settings, steps=steps))
+            spec = replace(spec, settings=replace(settings, steps=steps, passes=0.0))
         return spec
 
     def calibration(self) -> CalibrationSettings:

@@ -108,8 +108,8 @@ def prepare_data(options: RunOptions, settings: CalibrationSettings) -> Prepared
     benign, held_benign = _pool(options.benign_data, str(shipped.benign), "benign", bool(options.eval_benign), seed)
     borderline = _read(options.borderline_data or (str(shipped.borderline),), "benign")
     task, test = _task_pools(options, str(shipped.task), str(shipped.eval_task))
-    if options.samples is None:
-        settings = replace(settings, samples=_fitting_samples(settings, len(safety), len(benign)))
+    samples = settings.samples if options.samples else _fitting_samples(settings, len(safety), len(benign))
+    settings = settings.fitted(samples)
     counts = settings.counts()
     calibration = CalibrationPrompts(
         malicious=_draw(safety, counts["malicious"], seed, "--safety-data", settings),

@@ -28,6 +28,7 @@ from qrealign.pipeline.references import store_maxima, teach_contrast, teach_pre
 TEACHER_BATCH = 32  # prompts answered at once where memory is short
 MOST_ANSWERED = 256
 CACHE_SHARE = 0.15  # of the weights' bytes, or of the free memory: what the keys and values of a batch may take
+CACHE_LEAST = 2**28  # bytes that they may take beside the smallest model
 
 
 def run_teaching(context: RunContext) -> None:
@@ -52,7 +53,8 @@ def teacher_file(context: RunContext) -> Path:
 def teacher_batch(context: RunContext, settings: CalibrationSettings) -> int:
     """Return how many prompts a teacher answers at once: on a GPU, where a batch costs hardly more than one prompt,
 
-    as many as keep their keys and values inside `CACHE_SHARE`. One that does not fit after all is halved.
+    as many as keep their keys and values inside `CACHE_SHARE`, or `CACHE_LEAST`. One that does not fit after all is
+    halved.
     """
     if context.device.type != "cuda":
         return TEACHER_BATCH
@@ -61,7 +63,7 @@ def teacher_batch(context: RunContext, settings: CalibrationSettings) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     prompt_bytes = 2 * source.num_blocks * heads * width * tokens * pool.dtype.itemsize
-    allowed = CACHE_SHARE * min(pool.resident_bytes(source), free_bytes(context.device))
+    allowed = max(CACHE_LEAST, CACHE_SHARE * min(pool.resident_bytes(source), free_bytes(context.device)))
     return max(TEACHER_BATCH, min(MOST_ANSWERED, int(allowed / prompt_bytes)))
 
 

@@ -61,13 +61,20 @@ class ServedModel:
 
 
 def load_served(
-    path_or_id: str, *, device: torch.device, dtype: str | None, max_length: int | None, name: str | None = None
+    path_or_id: str,
+    *,
+    device: torch.device,
+    dtype: str | None,
+    max_length: int | None,
+    name: str | None = None,
+    head_bits: int | None = None,
+    embedding_on_host: bool = False,
 ) -> ServedModel:
-    """Load the model in a folder, packed or plain.
+    """Load the model in a folder, packed or plain; `head_bits` and `embedding_on_host` as in `load_packed`.
 
     Raises:
         ModelError: it is no model, or one that cannot be run; subclasses say why.
-        ConfigError: `max_length` is more than the model's positions.
+        ConfigError: `max_length` is more than the model's positions, or a plain model is to take less memory.
     """
     folder = find_folder(path_or_id, "model")
     chosen = compute_dtype(device) if dtype is None else getattr(torch, dtype)
@@ -76,7 +83,9 @@ def load_served(
     encoder = ChatEncoder(source.tokenizer(), max_length=length)
     if isinstance(source, PackedSource):
         scheme = " + ".join(sorted({scheme.name for scheme in source.schemes.values()}))
-        model = deploy_model(source, device, chosen)
+        model = deploy_model(source, device, chosen, head_bits=head_bits, embedding_on_host=embedding_on_host)
+    elif head_bits is not None or embedding_on_host:
+        raise ConfigError(f"{folder} is not packed: --head-bits and --embedding-on-host are for packed models")
     else:
         scheme, model = str(chosen).removeprefix("torch."), source.load_model(device, chosen)
     return ServedModel(

@@ -11,6 +11,7 @@ from qrealign.errors import ConfigError
 
 KEY_VARIABLE = "QREALIGN_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+CACHE_BITS = HEAD_BITS = (8,)
 DTYPES = ("float32", "bfloat16", "float16")
 _EPILOG = f"""\
 The model is a folder or Hub id, packed (compressed-tensors) or plain; with neither --api-key nor {KEY_VARIABLE} anyone
@@ -38,6 +39,9 @@ class ServeOptions:
     dtype: str | None = None
     max_slots: int | None = None
     max_length: int | None = None
+    cache_bits: int | None = None
+    head_bits: int | None = None
+    embedding_on_host: bool = False
     cuda_graphs: bool = True
     max_queue: int = 256
     max_body_bytes: int = 1 << 20
@@ -110,6 +114,19 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="tokens of a prompt and its answer (default: the model's, up to 4096)",
+    )
+    group.add_argument(
+        "--cache-bits",
+        type=int,
+        choices=CACHE_BITS,
+        metavar="N",
+        help="8 keeps keys and values as int8 codes: twice the tokens in the same memory (default: the model's dtype)",
+    )
+    group.add_argument(
+        "--head-bits", type=int, choices=HEAD_BITS, metavar="N", help="8 rounds a packed model's head to int8"
+    )
+    group.add_argument(
+        "--embedding-on-host", action="store_true", help="keep a packed model's embedding in the host's memory"
     )
     group.add_argument(
         "--cuda-graphs", action=argparse.BooleanOptionalAction, help="replay decode steps on a GPU (default: yes)"

@@ -33,20 +33,29 @@ class Runner:
         model: a causal language model in eval mode, on its device.
         slots: rows.
         max_length: most tokens of a sequence.
+        cache_bits: 8 keeps keys and values as int8 codes, None in the model's dtype.
         cuda_graphs: replay the decode step as a CUDA graph where the model is on a GPU and leaves nothing to the host.
 
     Raises:
         UnsupportedArchitectureError: the model's attention cannot be masked row by row.
     """
 
-    def __init__(self, model: PreTrainedModel, *, slots: int, max_length: int, cuda_graphs: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        slots: int,
+        max_length: int,
+        cache_bits: int | None = None,
+        cuda_graphs: bool = True,
+    ) -> None:
         self.model = model
         self.device = find_device(model)
         self.max_length = max_length
         self.slots = slots
         self.bind_thread()
         config = model.config.get_text_config()
-        self.cache = SlotCache(config.num_hidden_layers, slots, max_length)
+        self.cache = SlotCache(config.num_hidden_layers, slots, max_length, cache_bits)
         self._masks = MaskMaker(config, next(model.parameters()).dtype)
         self._last_only = last_logits_only(model)
         self._pad = max(config.pad_token_id or 0, 0)  # some configurations name -1
@@ -154,21 +163,22 @@ class Runner:
 
 
 @torch.no_grad()
-def cache_bytes_per_token(model: PreTrainedModel) -> int:
-    """Return the bytes of keys and values that one token takes, found by running one."""
+def cache_bytes_per_token(model: PreTrainedModel, bits: int | None = None) -> int:
+    """Return the bytes of keys and values that one token takes, as codes of `bits` bits or not; it runs one."""
     output = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=find_device(model)), use_cache=True)
     layers = output.past_key_values.layers
-    return sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))
+    found = [states for layer in layers for states in (layer.keys, layer.values)]
+    return sum(states.nbytes if bits is None else states.numel() + 4 * states.shape[1] for states in found)
 
 
-def fitting_slots(model: PreTrainedModel, max_length: int, most: int) -> int:
+def fitting_slots(model: PreTrainedModel, max_length: int, most: int, cache_bits: int | None = None) -> int:
     """Return how many slots of `max_length` tokens fit into the free memory, `most` at most.
 
     Raises:
         DeviceError: not even one does.
     """
     device = find_device(model)
-    one, room = cache_bytes_per_token(model) * (max_length + 1), CACHE_SHARE * free_bytes(device)
+    one, room = cache_bytes_per_token(model, cache_bits) * (max_length + 1), CACHE_SHARE * free_bytes(device)
     if one > room:
         raise DeviceError(
             f"one slot of {max_length} tokens takes {one / 2**30:.1f} GiB, and {device} has {room / 2**30:.1f} GiB for "

@@ -78,7 +78,13 @@ def serve(options: ServeOptions, say: Say) -> None:
     with listen(options.host, options.port) as listener:
         say(f"loading {options.model} on {device}")
         served = load_served(
-            options.model, device=device, dtype=options.dtype, max_length=options.max_length, name=options.served_name
+            options.model,
+            device=device,
+            dtype=options.dtype,
+            max_length=options.max_length,
+            name=options.served_name,
+            head_bits=options.head_bits,
+            embedding_on_host=options.embedding_on_host,
         )
         run_server(served, options, listener, say)
 
@@ -118,13 +124,19 @@ def open_runner(served: ServedModel, options: ServeOptions) -> Runner:
         UnsupportedArchitectureError: the model cannot be batched.
     """
     length = served.encoder.max_length
-    fitting = fitting_slots(served.model, length, options.max_slots or _DEFAULT_SLOTS)
+    fitting = fitting_slots(served.model, length, options.max_slots or _DEFAULT_SLOTS, options.cache_bits)
     if options.max_slots is not None and fitting < options.max_slots:
         raise DeviceError(
             f"{options.max_slots} slots of {length} tokens do not fit into the free memory, {fitting} do: lower "
             "--max-slots or --max-length"
         )
-    runner = Runner(served.model, slots=fitting, max_length=length, cuda_graphs=options.cuda_graphs)
+    runner = Runner(
+        served.model,
+        slots=fitting,
+        max_length=length,
+        cache_bits=options.cache_bits,
+        cuda_graphs=options.cuda_graphs,
+    )
     runner.check()
     runner.warm_up()
     return runner

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from qrealign.deploy.steps import StepCells
+from qrealign.deploy.cache import CachePlace, decode_states, encode_states
 from qrealign.errors import UnsupportedArchitectureError
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -44,40 +44,55 @@ class SlotLayer(CacheLayerMixin):
     is_sliding = False  # a sliding window is the mask's matter here: every layer keeps all cells
     supports_early_init = False
 
-    def __init__(self, slots: int, capacity: int) -> None:
+    def __init__(self, slots: int, capacity: int, bits: int | None) -> None:
         super().__init__()
         self._shape = (slots, capacity + 1)
+        self._bits = bits
         self.place: Place | None = None
+        self.key_scale: Tensor | None = None
+        self.value_scale: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffer, as zeros: a masked cell still counts with a weight of 0, and 0 times NaN is NaN."""
         slots, cells = self._shape
+        shape = (slots, key_states.shape[1], cells)
+        coded = None if self._bits is None else torch.int8
         self.keys, self.values = (
-            states.new_zeros(slots, states.shape[1], cells, states.shape[3]) for states in (key_states, value_states)
+            states.new_zeros(*shape, states.shape[3], dtype=coded) for states in (key_states, value_states)
         )
+        if coded:
+            self.key_scale, self.value_scale = (key_states.new_zeros(shape, dtype=torch.float32) for _ in range(2))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write `[B, heads, Q, head size]` into the cells of the place; return what may be read, `length` cells."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        place = self.place
-        assert place is not None and self.keys is not None and self.values is not None
-        rows = place.rows[:, None]
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            buffer[rows, :, place.cells] = states.transpose(1, 2).to(buffer.dtype)
-        if place.first_rows:
-            count = len(place.rows)
-            return self.keys[:count, :, : place.length], self.values[:count, :, : place.length]
-        return self.keys[place.rows, :, : place.length], self.values[place.rows, :, : place.length]
+        assert self.keys is not None and self.values is not None
+        keys = self._write_and_read(self.keys, self.key_scale, key_states)
+        return keys, self._write_and_read(self.values, self.value_scale, value_states)
 
-    def step_cells(self) -> StepCells | None:
-        """Return where one new token of each of the first rows goes; None where the place is another."""
+    def _write_and_read(self, buffer: Tensor, scale: Tensor | None, states: Tensor) -> Tensor:
         place = self.place
-        if place is None or not place.first_rows or place.cells.shape[1] != 1 or not self.is_initialized:
+        assert place is not None
+        rows, states = place.rows[:, None], states.transpose(1, 2)
+        if scale is None:
+            buffer[rows, :, place.cells] = states.to(buffer.dtype)
+        else:
+            buffer[rows, :, place.cells], scale[rows, :, place.cells] = encode_states(states)
+        own = slice(len(place.rows)) if place.first_rows else place.rows
+        found = buffer[own, :, : place.length]
+        return found if scale is None else decode_states(found, scale[own, :, : place.length], states.dtype)
+
+    def cache_place(self) -> CachePlace | None:
+        """Return where the new tokens go; None where no place was named."""
+        place = self.place
+        if place is None:
             return None
         assert self.keys is not None and self.values is not None
-        return StepCells(self.keys, self.values, place.cells[:, 0], place.length, advance=False)
+        rows = None if place.first_rows else place.rows
+        buffers = (self.keys, self.values, self.key_scale, self.value_scale)
+        return CachePlace(*buffers, place.cells, rows, place.length, advance=False)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many cells are read, and where they begin."""
@@ -99,11 +114,12 @@ class SlotCache(Cache):
         layers: of the model.
         slots: rows, the most sequences at once.
         capacity: cells of a row, the most tokens of a sequence.
+        bits: 8 for int8 codes, None for the model's dtype.
     """
 
-    def __init__(self, layers: int, slots: int, capacity: int) -> None:
+    def __init__(self, layers: int, slots: int, capacity: int, bits: int | None = None) -> None:
         self.slots, self.capacity = slots, capacity
-        self._slot_layers = [SlotLayer(slots, capacity) for _ in range(layers)]
+        self._slot_layers = [SlotLayer(slots, capacity, bits) for _ in range(layers)]
         super().__init__(layers=list(self._slot_layers))
 
     def aim(self, place: Place) -> None:
@@ -129,7 +145,13 @@ class SlotCache(Cache):
             buffer[row].zero_()
 
     def _buffers(self) -> list[Tensor]:
-        return [buffer for layer in self._slot_layers for buffer in (layer.keys, layer.values) if buffer is not None]
+        """Return all that has a row for each slot, the cells in dimension 2."""
+        buffers = [
+            buffer
+            for layer in self._slot_layers
+            for buffer in (layer.keys, layer.values, layer.key_scale, layer.value_scale)
+        ]
+        return [buffer for buffer in buffers if buffer is not None]
 
 
 class MaskMaker:

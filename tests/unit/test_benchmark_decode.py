@@ -11,11 +11,13 @@ import torch
 
 from benchmarks.calibration.geometries import find_geometry
 from benchmarks.decode import __main__ as command
-from benchmarks.decode import measure, results
+from benchmarks.decode import measure, quality, results
 from benchmarks.decode.synthetic import random_source
+from qrealign.config import parse_scheme
 from qrealign.deploy.load import deploy_model
 from qrealign.pack.size import packed_linear_bytes
 from qrealign.pack.source import PackedSource
+from tests.unit.pack_helpers import open_tiny, quantized, write
 
 TINY = find_geometry("tiny")
 
@@ -48,6 +50,8 @@ def test_rows_are_kept_once_and_become_figures(tmp_path: Path, measured: measure
     results.store_rows(tmp_path, [packed, replace(packed, batch=8)])
     rows = results.read_rows(tmp_path)
     assert len(rows) == 3
+    results.store_rows(tmp_path, [replace(packed, small=True, prompt_piece=256, step_ms=1.0, peak_bytes=3_000_000_000)])
+    assert len(results.read_rows(tmp_path)) == 4
     document = tmp_path / "deploy.md"
     document.write_text("a\n<!-- decode: begin -->\n<!-- decode: end -->\nb\n")
     text = results.publish(rows, tmp_path, document)
@@ -83,3 +87,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert "| tiny | w4a16 | 2 | plain |" in capsys.readouterr().out
     assert command.main(["--geometry", "unknown"]) == 1
     assert "unknown geometry" in capsys.readouterr().err
+
+
+def test_quality_is_measured_through_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = open_tiny(tmp_path / "tuned")
+    folder = write(source, parse_scheme("w8a8"), quantized(source, parse_scheme("w8a8")), tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tmp_path / "tuned" / name).read_bytes())
+    text, document = tmp_path / "text.jsonl", tmp_path / "deploy.md"
+    text.write_text(json.dumps({"text": "A fox ran over the hill and did not come back. " * 3}))
+    document.write_text("<!-- quality: begin -->\n<!-- quality: end -->\n")
+    flags = ["--results", str(tmp_path), "--docs", str(document)]
+    measured = [str(folder), "--text", str(text), "--tokens", "100", "--device", "cpu", "--label", "tiny"]
+    assert quality.main([*measured, *flags]) == 0
+    (row,) = quality.read_rows(tmp_path)
+    plain = float(row["plain"])
+    assert all(0 < abs(float(row[name]) / plain - 1) < 0.05 for name in ("int8 cache", "int8 cache and head"))
+    assert f"| tiny | 100 | {plain:.3f} |" in document.read_text()
+    assert quality.main([str(tmp_path / "absent"), "--text", str(text)]) == 1
+    assert "error:" in capsys.readouterr().err

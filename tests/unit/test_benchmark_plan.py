@@ -13,7 +13,7 @@ from benchmarks.safety.corpora import Corpora
 from benchmarks.safety.jobs import cell_options, identity
 from benchmarks.safety.prompts import evaluation_data, held_pairs, write_benign, write_prefill
 from benchmarks.safety.variants import RECOMMENDED, RECORD, encode_pairs, main, parse_variant, training_pairs
-from qrealign.data.prompts import normalise
+from qrealign.data.prompts import normalise, read_prompts
 from qrealign.errors import ConfigError, DataError
 from tests.bench_helpers import arguments, plan_of, write_data
 from tests.helpers import tiny_tokenizer
@@ -48,6 +48,15 @@ def test_a_method_with_options_is_a_row_of_its_own(folder):
     assert first.name != second.name and second.name == "broken/realign_edit-rank=8_edit=lowrank-w8a8-s0"
     assert cell_options(plan, second).edit_rank == 8 and cell_options(plan, first).edit_rank is None
     assert identity(plan, first) != identity(plan, second)
+
+
+def test_a_long_schedule_gets_all_malicious_prompts_that_are_not_kept_back(folder):
+    def safety_data(*flags):
+        plan = plan_of(folder, "--methods", "realign", "realign:schedule=long", "--seeds", "0", *flags)
+        return [len(cell_options(plan, job).safety_data) for job in plan.measurements() if "realign" in job.method][:2]
+
+    schemes = ("--schemes", "w8a8")
+    assert safety_data(*schemes) == [1, 2] and safety_data(*schemes, "--prefill", "pairs") == [1, 1]
 
 
 def test_a_base_model_is_one_more_reference_and_variants_train_here(folder):
@@ -108,6 +117,17 @@ def test_evaluation_is_capped_evenly_and_is_the_same_every_time(folder):
     assert evaluation_data(plan_of(folder, "--limit", "4"), "broken") == data
     whole = evaluation_data(plan_of(folder), "broken")
     assert len(whole.harmful) == 12
+
+
+def test_ordinary_prompts_that_are_not_asked_are_for_calibration(folder):
+    plan = plan_of(folder, "--benign", "5")
+    write_benign(plan)
+    asked, left = (read_prompts(str(file), role="benign") for file in (plan.benign_file, plan.not_asked_file))
+    assert (len(asked), len(left)) == (5, 3)
+    assert not {normalise(prompt.text) for prompt in asked} & {normalise(prompt.text) for prompt in left}
+    assert plan.calibration("sst2")["benign_data"][-1] == str(plan.not_asked_file)
+    write_benign(plan)
+    assert read_prompts(str(plan.benign_file), role="benign") == asked
 
 
 def test_kept_back_pairs_are_in_no_attack(folder):

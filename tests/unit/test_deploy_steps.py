@@ -24,7 +24,7 @@ PLAIN = ["llama", "mistral", "qwen2"]
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the calls of the fused attention by their rows."""
+    """Count the calls of the fused attention of steps by their rows."""
     calls: list[int] = []
 
     def attend(query: torch.Tensor, *given: Any, **options: Any) -> torch.Tensor:
@@ -32,6 +32,19 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return qrealign_kernels.decode_attention(query, *given, **options)
 
     monkeypatch.setattr(steps, "decode_attention", attend)
+    return calls
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Keep the rows and tokens of the calls of the fused attention of prompts."""
+    calls: list[tuple[int, ...]] = []
+
+    def attend(query: torch.Tensor, *given: Any, **options: Any) -> torch.Tensor:
+        calls.append(tuple(query.shape[:2]))
+        return qrealign_kernels.prompt_attention(query, *given, **options)
+
+    monkeypatch.setattr(steps, "prompt_attention", attend)
     return calls
 
 
@@ -85,6 +98,32 @@ def test_slots_of_different_lengths_give_the_same_logits(model_type: str, counte
         found.append(torch.stack(logits))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
     assert set(counted) == {3}
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_pieces_of_prompts_give_the_logits_of_the_class(bits: int | None, prompts: list[tuple[int, ...]]) -> None:
+    model, fused = fused_pair("llama")
+    input_ids, mask = random_batch(length=10, padding="left")
+    found = []
+    for one in (model, fused):
+        decoder = StaticDecoder(one, batch_size=3, max_length=24, cache_bits=bits, prompt_piece=4)
+        prompts.clear()
+        found.append(decoder.prefill(input_ids, mask))
+    assert (found[1] - found[0]).norm() < (1e-4 if bits is None else 1e-2) * found[0].norm()  # a code may differ
+    assert prompts == [size for size in ((3, 4), (3, 4), (3, 2)) for _ in range(model.config.num_hidden_layers)]
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_prompts_in_slots_give_the_logits_of_the_class(bits: int | None, prompts: list[tuple[int, ...]]) -> None:
+    found = []
+    for model in fused_pair("llama"):
+        runner = Runner(model, slots=4, max_length=40, cache_bits=bits)
+        chunks = [list(range(3, 3 + length)) for length in (3, 21, 12)]
+        runner.prefill([0, 1, 2], chunks, [0, 0, 0])
+        later = runner.prefill([3, 1], [list(range(4)), list(range(9))], [0, 21])
+        found.append(torch.cat((later, runner.decode([5, 6, 7], [3, 30, 12]))))
+    assert (found[1] - found[0]).norm() < (1e-4 if bits is None else 1e-2) * found[0].norm()  # a code may differ
+    assert set(prompts) == {(3, 21), (2, 9)}
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a16", "w4a8"])

@@ -116,5 +116,22 @@ def test_the_fast_schedule_takes_fewer_larger_steps():
     assert method_spec("realign", engine="blockwise", schedule="fast").settings.edit_learning_rate == 3e-3
     with pytest.raises(ConfigError, match="shortens the block-wise engine"):
         method_spec("realign", schedule="fast")
-    with pytest.raises(ConfigError, match="unknown schedule 'slow': use parity, fast"):
+    with pytest.raises(ConfigError, match="unknown schedule 'slow': use parity, fast, long"):
         method_spec("paper", schedule="slow")
+
+
+def test_the_long_schedule_takes_as_many_steps_as_the_data_has_prompts_for():
+    spec = method_spec("realign", schedule="long")
+    own, long = method_spec("realign").settings, spec.settings
+    assert long.samples == 10 * own.samples and long.steps * long.batch_size > 10 * own.steps * own.batch_size
+    assert spec.with_samples(long.samples).settings == long
+    tenth = spec.with_samples(long.samples // 10).settings
+    assert tenth.steps == long.steps // 10 and tenth.samples == long.samples // 10
+    assert method_spec("realign").with_samples(200).settings.steps == own.steps
+    asked = method_spec("realign", schedule="long", steps=3000).with_samples(200).settings
+    assert asked.steps == 3000
+    four_bit = method_spec("realign", schedule="long", weight_bits=4, activation_bits=4).settings
+    assert four_bit.transform_learning_rate > 0 and four_bit.edit_rank == 64
+    for name, engine in (("qresafe", None), ("realign", "blockwise")):
+        with pytest.raises(ConfigError, match="--schedule long is for method 'realign'"):
+            method_spec(name, engine=engine, schedule="long")

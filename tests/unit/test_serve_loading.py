@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qrealign.config import parse_scheme
+from qrealign.deploy.layers import PackedLinear
 from qrealign.errors import CheckpointFormatError, ConfigError, DeviceError, ModelError
 from qrealign.serve.__main__ import main
 from qrealign.serve.loading import load_served, read_verdict
@@ -40,6 +41,9 @@ def test_a_packed_folder_is_served_with_its_verdict(tmp_path):
     assert served.verdict is not None and served.verdict.headline == "harmful score 90.0 % → 2.0 %"
     assert served.stop_ids == {2}
     open_runner(served, ServeOptions(model="x", max_slots=2))
+    small = load_served(str(folder), device=CPU, dtype=None, max_length=64, head_bits=8, embedding_on_host=True)
+    assert type(small.model.get_output_embeddings()) is PackedLinear
+    open_runner(small, ServeOptions(model="x", max_slots=2, cache_bits=8))
 
 
 def test_a_plain_folder_is_served_in_the_dtype_asked_for(tmp_path):
@@ -51,6 +55,8 @@ def test_a_plain_folder_is_served_in_the_dtype_asked_for(tmp_path):
     for length, words in ((257, "256 positions"), (9, "10 or more")):
         with pytest.raises(ConfigError, match=words):
             load_served(str(folder), device=CPU, dtype=None, max_length=length)
+    with pytest.raises(ConfigError, match="is not packed"):
+        load_served(str(folder), device=CPU, dtype=None, max_length=None, head_bits=8)
     assert open_runner(served_model(max_length=10), ServeOptions(model="x")).max_length == 10
 
 

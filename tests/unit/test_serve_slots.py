@@ -84,15 +84,32 @@ def test_a_row_of_nan_is_harmless_once_cleared():
     assert torch.isfinite(runner.prefill([0], [prompt], [0])).all()
 
 
-def test_the_buffer_is_allocated_once_and_as_large_as_foretold():
+@torch.no_grad()
+def test_rows_of_codes_move_with_their_scales():
+    model = tiny_model()
+    runner = Runner(model, slots=3, max_length=60, cache_bits=8)
+    runner.check()
+    prompts = prompts_of(3, 21)
+    first = runner.prefill([0, 2], [prompts[0], prompts[1][:10]], [0, 0])[0]
+    runner.cache.swap_rows(2, 1, 10)
+    second = runner.prefill([1], [prompts[1][10:]], [10])[0]
+    later = runner.decode([5, 6], [3, 21])
+    ends = [prompts[0], prompts[1], [*prompts[0], 5], [*prompts[1], 6]]
+    for found, ids in zip([first, second, *later], ends, strict=True):
+        alone = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        assert 0 < (found - alone).norm() < 0.02 * alone.norm()
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_the_buffer_is_allocated_once_and_as_large_as_foretold(bits):
     model = tiny_model("gemma2")
-    runner = Runner(model, slots=3, max_length=20)
+    runner = Runner(model, slots=3, max_length=20, cache_bits=bits)
     runner.check()
     before = [layer.keys.data_ptr() for layer in runner.cache.layers]
     runner.prefill([0, 1], prompts_of(20, 5), [0, 0])
     assert [layer.keys.data_ptr() for layer in runner.cache.layers] == before
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in runner.cache.layers)
-    assert held == 3 * 21 * cache_bytes_per_token(model)
+    held = sum(buffer.nbytes for buffer in runner.cache._buffers())
+    assert held == 3 * 21 * cache_bytes_per_token(model, bits)
 
 
 def test_slots_fit_the_memory_or_are_refused(monkeypatch):
