@@ -32,7 +32,7 @@ from qrealign_kernels.triton_activations import quantize_per_token
 from qrealign_kernels.triton_common import on_device_of
 from qrealign_kernels.triton_overlap import overlap
 
-# Most of a weight that is dequantized at a time, of which a 7B model's largest takes 180 MB. Parts make products slower,
+# Most of a weight that is dequantized at a time; a 7B model's largest takes 180 MB. Parts make products slower,
 # and more than MANY tokens need more memory than a larger part for what passes between their layers.
 DENSE_BYTES, DENSE_BYTES_OF_MANY, MANY = 64 * 2**20, 128 * 2**20, 1024
 _ROWS = 256  # such a part holds a multiple of these, a whole number of the library's tiles
