@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
+from qrealign.deploy import CACHE_BITS
 from qrealign.errors import ConfigError, UnsupportedArchitectureError
 from qrealign_kernels import quantize_per_token
-
-CACHE_BITS = (8,)  # of codes; a cache in the model's dtype is called None
 
 
 class CachePlace(NamedTuple):

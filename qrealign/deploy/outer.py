@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from qrealign.deploy import HEAD_BITS
 from qrealign.deploy.layers import PackedLinear
 from qrealign.errors import ConfigError, UnsupportedArchitectureError
 from qrealign.models.placement import replace_module
@@ -15,7 +16,6 @@ from qrealign_kernels import gather_rows, quantize_weight, repack_weight
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-HEAD_BITS = (8,)
 _ROWS = 4096  # of a head that are quantized at a time: float32 copies of all would be its size several times
 
 

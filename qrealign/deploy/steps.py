@@ -73,9 +73,9 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute what the attention's class does."""
-    width = attention.k_proj.out_features // attention.head_dim
-    none_yet = hidden_states.new_empty(len(hidden_states), width, 0, attention.head_dim)
-    place = _place(attention.layer_idx, hidden_states, attention_mask, past_key_values, none_yet)
+    key_heads = attention.k_proj.out_features // attention.head_dim
+    no_keys = hidden_states.new_empty(len(hidden_states), key_heads, 0, attention.head_dim)
+    place = _place(attention.layer_idx, hidden_states, attention_mask, past_key_values, no_keys)
     if place is None:
         found: tuple[Tensor, Tensor | None] = type(attention).forward(
             attention,
@@ -118,24 +118,23 @@ def _attend_to(
     return decode_attention(query, key, value, cos, sin, place.keys, place.values, cells, mask, **options)[:, None]
 
 
-def _place(layer: int, hidden_states: Tensor, mask: Tensor | None, cache: Any, new: Tensor) -> CachePlace | None:
-    """Return where tokens go, None where the ops do not know the cache or the mask; `new` is as keys are, but empty."""
+def _place(layer: int, hidden_states: Tensor, mask: Tensor | None, cache: Any, no_keys: Tensor) -> CachePlace | None:
+    """Return where tokens go, None where the ops do not know the cache or the mask; `no_keys` is of no token."""
     if torch.compiler.is_compiling() or cache is None or layer >= len(cache.layers):
         return None
-    place = _place_in(cache.layers[layer], new)
+    place = _place_in(cache.layers[layer], no_keys)
     if place is None or (place.key_scale is None and place.keys.dtype != hidden_states.dtype):
         return None
     wanted = (1, hidden_states.shape[1], place.length)
     return place if mask is None or (mask.dtype == torch.bool and mask.shape[1:] == wanted) else None
 
 
-def _place_in(layer: Any, new: Tensor) -> CachePlace | None:
+def _place_in(layer: Any, no_keys: Tensor) -> CachePlace | None:
     """Return a cache layer's place: a layer says it by itself, or it is Hugging Face's static one or ours."""
-    known = hasattr(layer, "cache_place") or type(layer) in STATIC_LAYERS
-    if known and not layer.is_initialized:
-        layer.lazy_initialization(new, new)
-    if not known:
+    if not hasattr(layer, "cache_place") and type(layer) not in STATIC_LAYERS:
         return None
+    if not layer.is_initialized:
+        layer.lazy_initialization(no_keys, no_keys)
     place: CachePlace | None = layer.cache_place() if hasattr(layer, "cache_place") else static_place(layer)
     return place
 

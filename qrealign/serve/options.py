@@ -7,11 +7,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from qrealign.deploy import CACHE_BITS, HEAD_BITS
 from qrealign.errors import ConfigError
 
 KEY_VARIABLE = "QREALIGN_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-CACHE_BITS = HEAD_BITS = (8,)
 DTYPES = ("float32", "bfloat16", "float16")
 _EPILOG = f"""\
 The model is a folder or Hub id, packed (compressed-tensors) or plain; with neither --api-key nor {KEY_VARIABLE} anyone

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from qrealign.deploy.cache import CachePlace, decode_states, encode_states
+from qrealign.deploy.cache import CachePlace, check_cache_bits, decode_states, encode_states
 from qrealign.errors import UnsupportedArchitectureError
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -115,9 +115,13 @@ class SlotCache(Cache):
         slots: rows, the most sequences at once.
         capacity: cells of a row, the most tokens of a sequence.
         bits: 8 for int8 codes, None for the model's dtype.
+
+    Raises:
+        ConfigError: no cache has codes of that width.
     """
 
     def __init__(self, layers: int, slots: int, capacity: int, bits: int | None = None) -> None:
+        check_cache_bits(bits)
         self.slots, self.capacity = slots, capacity
         self._slot_layers = [SlotLayer(slots, capacity, bits) for _ in range(layers)]
         super().__init__(layers=list(self._slot_layers))

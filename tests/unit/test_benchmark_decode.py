@@ -50,8 +50,6 @@ def test_rows_are_kept_once_and_become_figures(tmp_path: Path, measured: measure
     results.store_rows(tmp_path, [packed, replace(packed, batch=8)])
     rows = results.read_rows(tmp_path)
     assert len(rows) == 3
-    results.store_rows(tmp_path, [replace(packed, small=True, prompt_piece=256, step_ms=1.0, peak_bytes=3_000_000_000)])
-    assert len(results.read_rows(tmp_path)) == 4
     document = tmp_path / "deploy.md"
     document.write_text("a\n<!-- decode: begin -->\n<!-- decode: end -->\nb\n")
     text = results.publish(rows, tmp_path, document)
@@ -59,6 +57,22 @@ def test_rows_are_kept_once_and_become_figures(tmp_path: Path, measured: measure
     figures = json.loads((tmp_path / "summary.json").read_text())["serving"]
     assert figures["decode_7b_w4a16_vs_bf16"]["value"] == 2.5
     assert figures["memory_7b_w4a16_gb"]["value"] == 4.0
+
+
+def test_figures_are_of_the_row_in_little_memory_where_there_is_one(tmp_path: Path, measured: measure.Row) -> None:
+    row = replace(measured, geometry="llama-2-7b", step_ms=4.0)
+    packed = replace(row, weights="w4a16", step_ms=1.6, peak_bytes=4_000_000_000)
+    small = replace(packed, small=True, prompt_piece=256, step_ms=2.0, peak_bytes=3_000_000_000)
+    results.store_rows(tmp_path, [row, packed, small])
+    text = results.publish(results.read_rows(tmp_path), tmp_path)
+    assert "| w4a16, in little memory | 1 | plain | 256 |" in text and "| w4a16 | 1 | plain | all |" in text
+    figures = json.loads((tmp_path / "summary.json").read_text())["serving"]
+    assert {name: figure["value"] for name, figure in figures.items()} == {
+        "decode_7b_w4a16_vs_bf16": 2.0,
+        "memory_7b_w4a16_gb": 3.0,
+        "decode_7b_w4a16_plain_vs_bf16": 2.5,
+        "memory_7b_w4a16_plain_gb": 4.0,
+    }
 
 
 def test_other_geometries_give_no_figures(tmp_path: Path, measured: measure.Row) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qrealign.errors import DeviceError, UnsupportedArchitectureError
+from qrealign.errors import ConfigError, DeviceError, UnsupportedArchitectureError
 from qrealign.serve.graphs import powers_of_two
 from qrealign.serve.runner import Runner, cache_bytes_per_token, fitting_slots
 from qrealign.serve.slots import MaskMaker
@@ -98,6 +98,11 @@ def test_rows_of_codes_move_with_their_scales():
     for found, ids in zip([first, second, *later], ends, strict=True):
         alone = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
         assert 0 < (found - alone).norm() < 0.02 * alone.norm()
+
+
+def test_slots_of_another_width_are_refused():
+    with pytest.raises(ConfigError, match="4 bits"):
+        Runner(tiny_model(), slots=1, max_length=20, cache_bits=4)
 
 
 @pytest.mark.parametrize("bits", [None, 8])
