@@ -39,6 +39,7 @@ def _prompt(note: str, *, codes: bool) -> Case:
         table="prompt_attention",
         types=_HALVES | _CELLS | _SCALARS | {"rows_ptr": "*i64"} | (_CODES if codes else {}),
         constants=_HEADS | _PIECE | {"HEADS": 8, "GROUP": 4, "HAS_MASK": True, "CODES": codes},
+        hot=False,  # what spills is the turning of the queries, once; with smaller tiles and no spills it is slower
         aligned=tuple(f"stride_{name}" for name in ("qb", "qt", "cosb", "cost", "sinb", "sint", "scale", *_CACHE)),
     )
 

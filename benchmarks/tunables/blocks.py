@@ -25,18 +25,11 @@ GATE = {"few": (1, 11008), "default": (1024, 11008)}
 
 
 def attention_candidates(key: str) -> list[Choice]:
-    """Return cuts into 1 to 32 runs by tiles of 16 to 128 cells, fewer runs where rows and heads are many."""
+    """Return cuts into 1 to 32 runs by tiles of 32 to 128 cells, fewer runs where rows and heads are many."""
     pairs = int(key[1:].partition("-")[0])
-    tensor = [
-        {"SPLITS": splits, "BLOCK_S": cells, "num_warps": warps, "num_stages": stages, "ALONE": 0}
+    return [
+        {"SPLITS": splits, "BLOCK_S": cells, "num_warps": warps, "num_stages": stages}
         for splits, cells, warps, stages in product((1, 2, 4, 8, 16, 32), (32, 64, 128), (2, 4, 8), (2, 3))
-        if 128 <= splits * pairs <= 1024 and 16 <= cells // warps <= 32
-    ]
-    if _SIZES[key.partition("-")[0]][1] != _SIZES[key.partition("-")[0]][2]:
-        return tensor
-    return tensor + [
-        {"SPLITS": splits, "BLOCK_S": cells, "num_warps": warps, "num_stages": stages, "ALONE": 1}
-        for splits, cells, warps, stages in product((2, 4, 8, 16, 32), (16, 32, 64), (1, 2, 4), (1, 3))
         if 128 <= splits * pairs <= 1024 and 16 <= cells // warps <= 32
     ]
 

@@ -19,7 +19,7 @@ HELD_KEYS = {key: shapes if key.endswith("-wide") else shapes[:2] for key, shape
 TILE_KEYS = {
     f"m{tokens}{suffix}": (tokens, *shapes)
     for tokens in (64, 128, 256, 512, 1024, 2048, 4096)
-    for suffix, shapes in (("", (NARROW, LONG)), ("-wide", (WIDE,)))
+    for suffix, shapes in (("", (NARROW,)), ("-wide", (WIDE,)), ("-long", (LONG,)))
 }
 TILES = (
     *((64, 1, 1, 0), (128, 1, 1, 0), (128, 1, 2, 0), (128, 0, 1, 0), (256, 0, 1, 0), (256, 0, 2, 0)),

@@ -155,15 +155,16 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   constexpr int kTokens = kTokenTiles * kTileTokens;
   extern __shared__ __align__(16) char shared[];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int g = lane / 4, t = lane % 4, tiles = (shape.rows + kTileRows - 1) / kTileRows;
+  const int g = lane / 4, t = lane % 4;
+  const RowRange rows(shape.rows);
 
   using Stream = WeightStream<kTileRows, kStages>;
-  int ahead_tile = blockIdx.x, ahead = 0;  // the next unit to fetch; what lies behind a row's end or the last tile is read as zeros
+  int ahead_row = rows.first, ahead = 0;  // the next unit to fetch; what lies behind a row's end or the last row is read as zeros
   const auto fetch = [&](int stage) {
-    const Stream stream(shared + warp * Stream::kBytes, codes, shape.row_bytes, ahead_tile * kTileRows, shape.rows);
+    const Stream stream(shared + warp * Stream::kBytes, codes, shape.row_bytes, ahead_row, rows.end);
     stream.fetch(warp + ahead * warps, stage);
     stream.commit();
-    if (++ahead == kUnits) ahead = 0, ahead_tile += gridDim.x;
+    if (++ahead == kUnits) ahead = 0, ahead_row += kTileRows;
   };
   for (int stage = 0; stage < kStages; ++stage) fetch(stage);
   wait_for_kernels_before();
@@ -179,10 +180,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   }
   let_next_kernel_start();
 
-  const Stream stream(shared + warp * Stream::kBytes, codes, shape.row_bytes, 0, shape.rows);
+  const Stream stream(shared + warp * Stream::kBytes, codes, shape.row_bytes, 0, rows.end);
   int* const all = reinterpret_cast<int*>(shared + warps * Stream::kBytes);  // [2][warps][kTokens][kPitch]
   int stage = 0, turn = 0;
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  for (int first_row = rows.first; first_row < rows.end; first_row += kTileRows) {
     int sums[kTokenTiles][4] = {};
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
@@ -213,8 +214,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     __syncthreads();
     // Other warps by turns: those that add come last to the next tile.
     for (int i = (threadIdx.x + turn * blockDim.x / 2) % blockDim.x; i < kTileRows * shape.tokens; i += blockDim.x) {
-      const int token = i / kTileRows, row = tile * kTileRows + i % kTileRows;
-      if (row >= shape.rows) continue;
+      const int token = i / kTileRows, row = first_row + i % kTileRows;
+      if (row >= rows.end) continue;
       int sum = 0;
 #pragma unroll 8
       for (int w = 0; w < warps; ++w) sum += place[(w * kTokens + token) * kPitch + i % kTileRows];

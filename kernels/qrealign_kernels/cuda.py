@@ -2,7 +2,7 @@
 
 It reads the layouts of `layouts.py`, so a weight that was repacked for the Triton kernels serves both. Keys of the
 launch tables `cuda_int4` and `cuda_int8` are the number of tokens rounded up to a power of two, "m1" to "m16", and
-"-wide" behind it for weights of many rows; a choice gives WARPS, ROW_TILES and STAGES of csrc/cuda/decode.h. Where rows
+what `launches.by_shape` puts behind it; a choice gives WARPS, ROW_TILES and STAGES of csrc/cuda/decode.h. Where rows
 have at most HELD_COLUMNS, `cuda_int4_held` and `cuda_int8_held` (ROW_TILES 0) are asked first. A GPU class without an
 entry, a machine without the extension, and what the kernels do not do, go to Triton.
 """
@@ -123,7 +123,7 @@ def _launch_for(
         kernel = "cuda_int4"
     else:
         return None
-    key = launches.by_width(f"m{1 << (tokens - 1).bit_length()}", out.shape[1])
+    key = launches.by_shape(f"m{1 << (tokens - 1).bit_length()}", *weight.shape)
     holds = weight.shape[1] <= HELD_COLUMNS[kernel] and (kernel == "cuda_int4" or tokens > FUSED_TOKENS)
     held = launches.find(f"{kernel}_held", key, out.device) if holds else None
     return launches.find(kernel, key, out.device) if held is None else held

@@ -2,8 +2,8 @@
 
 What it beats is a dequantized copy and the library's product. It is for GPUs of compute capability 9.0, bfloat16 tokens
 and scales, groups of 128 times a power of two or whole rows. Keys of the launch table `cuda_int4_tile` are those of
-`triton_linear`: the number of tokens rounded up to a power of two, "m32" to "m8192", and "-wide" behind it for weights
-of more rows. A choice gives TOKENS, SHARED_ROWS and CLUSTER of csrc/cuda/matmul.h, and in SPLIT whether tiles that are
+`triton_linear`: the number of tokens rounded up to a power of two, "m32" to "m8192", and what `launches.by_shape` puts
+behind it. A choice gives TOKENS, SHARED_ROWS and CLUSTER of csrc/cuda/matmul.h, and in SPLIT whether tiles that are
 left for fewer than all multiprocessors are split between them. Everything else goes to Triton.
 """
 

@@ -18,7 +18,7 @@ import torch
 
 TABLES = Path(__file__).with_name("launch_tables")
 DEFAULT = "default"
-NARROW = 8192  # weights of more rows have keys of their own
+SHORT = 8192  # weights of more rows, or of longer ones, may have keys of their own
 
 Choice = dict[str, int]
 Table = dict[str, dict[str, Choice]]
@@ -26,9 +26,9 @@ Table = dict[str, dict[str, Choice]]
 _forced: dict[str, Choice | None] = {}
 
 
-def by_width(key: str, rows: int) -> str:
-    """Return the key of a product's launch for a weight of so many rows."""
-    return f"{key}-wide" if rows > NARROW else key
+def by_shape(key: str, rows: int, columns: int) -> str:
+    """Return the key of a product's launch for a weight `[rows, columns]`: "-wide" or "-long" may stand behind it."""
+    return f"{key}-wide" if rows > SHORT else f"{key}-long" if columns > SHORT else key
 
 
 @cache

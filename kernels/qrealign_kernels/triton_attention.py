@@ -27,7 +27,7 @@ from qrealign_kernels.triton_math import (
 from qrealign_kernels.triton_overlap import overlap, wait_for_inputs
 
 MOST_HEADS = 64  # of queries that share a key: their scores with a tile of keys are held at once
-_LEAST_ROWS = 16  # of a tile for the tensor cores; a query of its own key goes ALONE where a launch table says so
+_LEAST_ROWS = 16  # of a tile for the tensor cores; the memory sets the pace, so that empty rows cost nothing
 
 _ROW_BYTES = 256  # of the heads that the launch tables are for: tiles of wider ones hold fewer cells
 _QMIN, _QMAX = (tl.constexpr(float(bound)) for bound in code_range(8))
@@ -72,18 +72,13 @@ def _seen_more(
 ):  # fmt: skip
     """Add a tile of cells to what the queries have seen: the highest score, the sum of weights, weighted values.
 
-    Several queries meet the cells in the tensor cores, in their own dtype as in the attention of libraries; a single
-    one in float32.
+    Weights meet the values in the query's dtype, as in the attention of libraries.
     """
     element: tl.constexpr = b_query.dtype
-    one: tl.constexpr = b_query.shape[0] == 1
-    if CODES and not one:
+    if CODES:
         wide: tl.constexpr = tl.float32 if INTERPRETED else element  # it takes integers for the bits of bfloat16
         b_keys, b_values = b_keys.to(wide), b_values.to(wide)
-    if one:
-        scores = tl.sum(b_query.to(tl.float32) * b_keys.to(tl.float32), axis=1)[None, :] * scaling
-    else:
-        scores = _product(b_query, tl.trans(b_keys)) * scaling  # [queries, BLOCK_S]
+    scores = _product(b_query, tl.trans(b_keys)) * scaling  # [queries, BLOCK_S]
     if CODES:
         scores *= tl.load(key_scale_ptr + scale_cells, mask=m_s, other=0.0)[None, :]
     scores = tl.where(seen, scores, float("-inf"))
@@ -94,10 +89,7 @@ def _seen_more(
     total = total * shrink + tl.sum(weights, axis=1)
     if CODES:
         weights *= tl.load(value_scale_ptr + scale_cells, mask=m_s, other=0.0)[None, :]
-    if one:
-        acc = acc * shrink[:, None] + tl.sum(tl.trans(weights) * b_values.to(tl.float32), axis=0)[None, :]
-    else:
-        acc = acc * shrink[:, None] + _product(convert(weights, element), b_values)
+    acc = acc * shrink[:, None] + _product(convert(weights, element), b_values)
     return higher, total, acc
 
 
@@ -323,7 +315,7 @@ def decode_attention(
     codes = "" if key_scale is None else "-codes"
     name = f"p{triton.next_power_of_2(batch * groups)}{codes}"
     choice = _fitting(launches.choice("decode_attention", name, query.device), query)
-    splits, alone = choice["SPLITS"], choice.pop("ALONE") == 1 and heads == groups
+    splits = choice["SPLITS"]
     part = torch.empty(batch * heads * splits, size, dtype=torch.float32, device=query.device)
     top, total = torch.empty(2, batch * heads * splits, dtype=torch.float32, device=query.device)
     out = torch.empty(batch, heads, size, dtype=query.dtype, device=query.device)
@@ -357,7 +349,7 @@ def decode_attention(
             0 if mask is None else mask.stride(0),
             HEADS=groups,
             GROUP=heads // groups,
-            GROUP_P=1 if alone else max(_LEAST_ROWS, triton.next_power_of_2(heads // groups)),
+            GROUP_P=max(_LEAST_ROWS, triton.next_power_of_2(heads // groups)),
             HAS_MASK=mask is not None,
             CODES=key_scale is not None,
             KIND=FLOAT_KINDS[query.dtype],

@@ -1,10 +1,10 @@
 """The quantized linear products on Triton kernels: which kernel for how many tokens, and its launch.
 
 Keys of the launch tables are the number of tokens rounded up to a power of two, "m2" to "m8192"; for one token K so
-rounded, "k4096", and "k4096-codes" where the token comes rounded. "-wide" stands behind a key for weights of many rows
-(`launches.by_width`). The entry "linear_routes" gives the tokens up to which the kernels for few tokens are used:
-INT8_FEW and INT4_FEW, by the weight's bits. Behind that, integers are multiplied in tiles, and floating point tokens by
-the library, with a dequantized copy of the weight.
+rounded, "k4096", and "k4096-codes" where the token comes rounded; behind it what `launches.by_shape` adds. The entry
+"linear_routes" gives the tokens up to which the kernels for few tokens are used: INT8_FEW and INT4_FEW, by the weight's
+bits. Behind that, integers are multiplied in tiles, and floating point tokens by the library, with a dequantized copy
+of the weight.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from qrealign_kernels.triton_activations import quantize_per_token
 from qrealign_kernels.triton_common import on_device_of
 from qrealign_kernels.triton_overlap import overlap
 
-DENSE_BYTES = 64 * 2**20  # most of a weight that is dequantized at a time: a 7B model's largest takes 180 MB
+# Most of a weight that is dequantized at a time, of which a 7B model's largest takes 180 MB. Parts make products slower,
+# and more than MANY tokens need more memory than a larger part for what passes between their layers.
+DENSE_BYTES, DENSE_BYTES_OF_MANY, MANY = 64 * 2**20, 128 * 2**20, 1024
 _ROWS = 256  # such a part holds a multiple of these, a whole number of the library's tiles
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -101,7 +103,7 @@ def _integer_product(
 def _float_product(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> Tensor:
     tokens, routes = out.shape[0], launches.choice("linear_routes", launches.DEFAULT, out.device)
     if (
-        done := cuda_tiles.packed_linear(x, weight, bias, out, launches.by_width(_key(tokens), out.shape[1]))
+        done := cuda_tiles.packed_linear(x, weight, bias, out, launches.by_shape(_key(tokens), *weight.shape))
     ) is not None:
         return done
     if weight.layout == PLANES4 and tokens == 1:
@@ -114,9 +116,10 @@ def _float_product(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Te
 
 
 def _dense_product(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> Tensor:
-    """Let the library multiply, with a copy of the weight in x's dtype, of at most DENSE_BYTES at a time."""
+    """Let the library multiply, with a copy of the weight in x's dtype, a part of it at a time."""
     rows, columns = weight.shape
-    parts = triton.cdiv(rows * columns * x.element_size(), DENSE_BYTES)
+    most = DENSE_BYTES_OF_MANY if len(x) > MANY else DENSE_BYTES
+    parts = triton.cdiv(rows * columns * x.element_size(), most)
     step = triton.cdiv(triton.cdiv(rows, parts), _ROWS) * _ROWS
     for first in range(0, rows, step):
         part = weight if step >= rows else weight.rows(first, min(first + step, rows))
@@ -174,9 +177,9 @@ def few_tokens(key: str) -> dict[str, int]:
     return {"BLOCK_M": 16 if key == launches.DEFAULT else max(8, int(key.partition("-")[0][1:]))}
 
 
-def _choice(kernel: str, key: str, out: Tensor) -> launches.Choice:
-    """Return the launch of a kernel that computes `out`."""
-    return launches.choice(kernel, launches.by_width(key, out.shape[1]), out.device)
+def _choice(kernel: str, key: str, out: Tensor, columns: int) -> launches.Choice:
+    """Return the launch of a kernel that computes `out` by rows of so many columns."""
+    return launches.choice(kernel, launches.by_shape(key, out.shape[1], columns), out.device)
 
 
 def _group(weight: PackedWeight) -> int:
@@ -192,7 +195,7 @@ def _launch_gemv(x: Tensor | QuantizedActivations, weight: PackedWeight, bias: T
     name = "int4_gemv" if integer else "int4_fixed_gemv" if fixed else "int4_float_gemv"
     name = "int8_gemv" if weight.layout == ROWS8 else name
     rounded = integer and not isinstance(x, Tensor)
-    choice = _choice(name, f"k{triton.next_power_of_2(columns)}{'-codes' if rounded else ''}", out)
+    choice = _choice(name, f"k{triton.next_power_of_2(columns)}{'-codes' if rounded else ''}", out, columns)
     qmin, qmax = code_range(weight.activation_bits or 8)
     per_word = 4 if weight.layout == ROWS8 else 8
     words = weight.data.view(torch.int32)
@@ -218,7 +221,7 @@ def _launch_int8_few(
     x: Tensor, x_scale: Tensor | None, weight: PackedWeight, bias: Tensor | None, out: Tensor
 ) -> Tensor:
     tokens, columns = x.shape
-    choice = _choice("int8_few", _key(tokens), out) | few_tokens(_key(tokens))
+    choice = _choice("int8_few", _key(tokens), out, columns) | few_tokens(_key(tokens))
     grid = (triton.cdiv(out.shape[1], choice["BLOCK_N"]),)
     triton_few._int8_few_fwd_kernel[grid](
         x,
@@ -245,7 +248,7 @@ def _launch_int4_few(
 ) -> Tensor:
     tokens, columns = x.shape
     kernel = "int4_few" if x_scale is None else "int4_int_few"
-    choice = _choice(kernel, _key(tokens), out) | few_tokens(_key(tokens))
+    choice = _choice(kernel, _key(tokens), out, columns) | few_tokens(_key(tokens))
     grid = (triton.cdiv(out.shape[1], choice["BLOCK_N"]),)
     triton_few._int4_few_fwd_kernel[grid](
         x,
@@ -285,7 +288,7 @@ def _launch_int8_tile(
     groups = w_scale.shape[1]
     group = 0 if groups == 1 else columns // groups
     name = "int8_tile" if group == 0 else "int8_group_tile"
-    choice = dict(_choice(name, _key(tokens), out))
+    choice = dict(_choice(name, _key(tokens), out, columns))
     if group % choice["BLOCK_K"]:
         choice["BLOCK_K"] = group & -group  # the largest power of two in it
     grid = (triton.cdiv(tokens, choice["BLOCK_M"]) * triton.cdiv(out.shape[1], choice["BLOCK_N"]),)

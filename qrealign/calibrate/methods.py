@@ -157,7 +157,7 @@ _REALIGN = CalibrationSettings(
     malicious_share=0.45,
     batch_size=12,
     steps=140,
-    benign_weight=2.3,
+    benign_weight=1.6,
     warmup_steps=5,
     edit_learning_rate=3e-3,
     edit_rank=2,
@@ -171,7 +171,7 @@ _REALIGN = CalibrationSettings(
     text_weight=3.0,
 )
 # Weights of four bits leave the same recipe nearer to refusing, so what is harmless counts for more.
-_REALIGN_FOUR_BIT = replace(_REALIGN, benign_weight=4.0)
+_REALIGN_FOUR_BIT = replace(_REALIGN, benign_weight=3.2)
 # Rounding activations to four bits costs so much that the edit has to win some of it back: more of everything, channel
 # scales, and most of the benign prompts from the task.
 _REALIGN_COARSE = replace(
@@ -314,8 +314,8 @@ def _fast(settings: CalibrationSettings) -> CalibrationSettings:
 def _long(settings: CalibrationSettings) -> CalibrationSettings:
     """Return settings of `realign` for ten times the prompts and steps, or as much of both as the data has.
 
-    A few hundred prompts move the model along a line between harmful answers and needless refusals; thousands, the
-    borderline ones at full weight among them, leave it (docs/recipe.md).
+    Harmful answers and refusals of borderline prompts trade as before; ordinary prompts and prefill attacks are told
+    apart better (docs/recipe.md). One benign weight serves weights of four and of eight bits here.
     """
     if settings.method != "realign" or settings.engine != "endtoend":
         raise ConfigError(
@@ -329,12 +329,13 @@ def _long(settings: CalibrationSettings) -> CalibrationSettings:
         batch_size=32,
         steps=800,
         passes=1.28,
+        benign_weight=1.8,
         edit_rank=max(8, settings.edit_rank),
         edit_budget=max(0.05, settings.edit_budget),
-        recovery_share=0.08,
-        borderline_share=0.1,
-        borderline_weight=1.5,
+        recovery_share=0.1,
         task_share=max(0.12, settings.task_share),
         task_labels=1.0,
-        text_share=0.05,
+        borderline_share=0.1,
+        borderline_weight=0.6,
+        text_share=0.08,
     )

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import qrealign_kernels as kernels
-from qrealign_kernels import cuda, launches, reference, reference_block, reference_linear
+from qrealign_kernels import cuda, launches, reference, reference_attention, reference_block, reference_linear
 from qrealign_kernels import reference_calibration as definitions
 from qrealign_kernels.launches import Choice
 from qrealign_kernels.reference_calibration import WeightTransform
@@ -186,22 +186,35 @@ def step_between_products(columns: int, offset: float) -> float:
     return max(map(error_of, got, want))
 
 
-def attention(heads: int, groups: int, size: int, masked: bool) -> float:
-    """Return the largest relative error of a step's attention and of what it leaves in the buffers."""
-    cells, length = torch.tensor([0, 57, 132]), 133
-    states = torch.randn(3, heads + 2 * groups, size).bfloat16()
-    query, key, value = states.split([heads, groups, groups], dim=1)
-    cos, sin = torch.rand(2, 3, size).bfloat16()
-    buffers = torch.randn(2, 3, groups, length, size).bfloat16()
-    mask = torch.rand(3, length) < 0.5 if masked else None
-    ours, theirs, (place, other_place) = buffers.clone(), buffers.clone(), cells[1:2].expand(2, 1).clone()
-    moves = {"length": length, "scaling": size**-0.5}
-    got = [kernels.decode_attention(query, key, value, cos, sin, *ours, cells, mask, **moves)]
-    got += [kernels.decode_attention(query, key, value, cos, sin, *ours, place, mask, **moves, advance=True)]
-    run = reference_block.decode_attention_ref
-    want = [run(query, key, value, cos, sin, *theirs, cells, mask, **moves, advance=False)]
-    want += [run(query, key, value, cos, sin, *theirs, other_place, mask, **moves, advance=True)]
-    return max(map(error_of, (*got, ours, place), (*want, theirs, other_place)))
+def attention(op: str, heads: int, groups: int, size: int, masked: bool, coded: bool) -> float:
+    """Return the largest relative error of an op's attention over a cache and of what it leaves in the buffers."""
+    length, tokens = 133, () if op == "decode_attention" else (19,)
+    states = torch.randn(3, *tokens, heads + 2 * groups, size).bfloat16()
+    query, key, value = states.split([heads, groups, groups], dim=-2)
+    cos, sin = torch.rand(2, 3, *tokens, size).bfloat16()
+    keys, values = torch.randn(2, 3, groups, length, size).bfloat16()
+    buffers = {"keys": keys, "values": values}
+    if coded:
+        (keys, key_scale), (values, value_scale) = map(reference.quantize_per_token_ref, (keys, values))
+        scales = {"key_scale": key_scale[..., 0].contiguous(), "value_scale": value_scale[..., 0].contiguous()}
+        buffers = {"keys": keys, "values": values, **scales}
+    each = torch.tensor([0, 57, 132 - sum(tokens)])
+    errors = []
+    for cells in (each[:, None] + torch.arange(*tokens) if tokens else each, torch.tensor([57])):
+        mask = torch.rand(3, *tokens, length) < 0.5 if masked else None
+        given = {"mask": mask, "length": length, "scaling": size**-0.5, "advance": len(cells) == 1}
+        ours, theirs = ({name: held.clone() for name, held in (buffers | {"cells": cells}).items()} for _ in range(2))
+        got = getattr(kernels, op)(query, key, value, cos, sin, **ours, **given)
+        want = getattr(reference_attention, f"{op}_ref")(query, key, value, cos, sin, **theirs, **given)
+        errors += map(error_of, (got, *ours.values()), (want, *theirs.values()))
+    return max(errors)
+
+
+def rows_of_the_host() -> float:
+    """Return the relative error of rows that are gathered from pinned memory."""
+    table, indices = torch.randn(7, 1160, device="cpu").bfloat16(), torch.tensor([[6, 0, 3]])
+    table = table.pin_memory() if indices.is_cuda else table
+    return error_of(kernels.gather_rows(table, indices).cpu(), table[indices.cpu()])
 
 
 def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -224,9 +237,10 @@ def checks() -> Iterator[Check]:
         yield f"tokens of {columns}", {}, partial(tokens_alone, columns)
         for offset in (0.0, 1.0):
             yield f"step of {columns}, {offset}", {}, partial(step_between_products, columns, offset)
-    for heads, groups, size in ((6, 2, 40), (4, 4, 128), (7, 1, 64)):
-        for masked in (False, True):
-            yield f"attention {heads}, {groups}, {size}, {masked}", {}, partial(attention, heads, groups, size, masked)
+    yield "rows of the host", {}, rows_of_the_host
+    shapes, ops = ((6, 2, 40), (4, 4, 128), (7, 1, 64)), ("decode_attention", "prompt_attention")
+    for op, shape, masked, coded in itertools.product(ops, shapes, (False, True), (False, True)):
+        yield f"{op} {shape}, {masked}, {coded}", {}, partial(attention, op, *shape, masked, coded)
     if cuda.unavailable_reason() is not None:
         return
     for cut, tokens in itertools.product(DECODE_CUTS, (1, 9, 16)):

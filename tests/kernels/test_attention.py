@@ -26,9 +26,7 @@ def few_programs() -> Iterator[None]:
     """Cut attention into few runs where Triton's interpreter walks through them one after the other."""
     with ExitStack() as stack:
         if interpreting():
-            stack.enter_context(
-                launches.forced("decode_attention", {"SPLITS": 2, "BLOCK_S": 16, "num_warps": 1, "ALONE": 0})
-            )
+            stack.enter_context(launches.forced("decode_attention", {"SPLITS": 2, "BLOCK_S": 16, "num_warps": 1}))
             stack.enter_context(launches.forced("prompt_attention", {"BLOCK_T": 16, "BLOCK_S": 16, "num_warps": 1}))
         yield
 
@@ -107,16 +105,8 @@ def test_attention_rounds_where_the_model_rounds(each_backend: str, dtype: torch
 
 @pytest.mark.parametrize("splits", [1, 8])
 def test_attention_does_not_depend_on_how_it_is_cut(each_backend: str, splits: int) -> None:
-    with launches.forced("decode_attention", {"SPLITS": splits, "BLOCK_S": 16, "num_warps": 1, "ALONE": 0}):
+    with launches.forced("decode_attention", {"SPLITS": splits, "BLOCK_S": 16, "num_warps": 1}):
         assert_steps_agree(step_inputs())
-
-
-def test_a_query_that_shares_no_key_can_go_alone(each_backend: str) -> None:
-    with launches.forced("decode_attention", {"SPLITS": 4, "BLOCK_S": 16, "num_warps": 1, "ALONE": 1}):
-        given = step_inputs(heads=2, groups=2, size=40) | {"mask": torch.rand(3, LENGTH) < 0.5}
-        assert_steps_agree(given)
-        assert_steps_agree(as_codes(given))
-        assert_steps_agree(step_inputs())  # these share one
 
 
 def test_rows_can_share_a_cell_that_moves_on(each_backend: str) -> None:

@@ -43,6 +43,11 @@ def test_a_key_with_suffixes_falls_back_to_the_key_without(tables: None) -> None
     assert launches.choice("product", "large-wide-few", torch.device("cpu")) == {"BLOCK_M": 16}
 
 
+def test_wide_and_long_weights_have_keys_of_their_own() -> None:
+    shapes = ((8192, 8192), (11008, 4096), (4096, 11008), (11008, 11008))
+    assert [launches.by_shape("m8", *shape) for shape in shapes] == ["m8", "m8-wide", "m8-long", "m8-wide"]
+
+
 def test_a_kernel_without_an_entry_is_an_error(tables: None) -> None:
     with pytest.raises(KeyError, match="no launch table has a choice for other"):
         launches.choice("other", "small")
