@@ -113,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="CSV")
     parser.add_argument("--only-report", action="store_true", help="measure nothing: the table of what --output holds")
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="default: %(default)s")
     parser.add_argument("--docs", type=Path, metavar="MD", help=f"document with the markers of the {TABLE!r}")
     options = parser.parse_args(arguments)
     if not options.only_report and (reason := cuda.unavailable_reason()) is not None:
@@ -122,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         timings: list[Timing] = []
         for scheme in SCHEMES:
             for rows, columns in SHAPES:
-                for tokens in TOKENS:
+                for tokens in options.tokens:
                     timings.append(measure(scheme, rows, columns, tokens))
                     print(timings[-1], flush=True)
                 write_csv(options.output, timings)

@@ -150,7 +150,7 @@ CASES = (
     _rounding("weight, rounded", _LEARNED, _MANY),
     _rounding("weight, rounded, widest", _LEARNED, _WIDEST, hot=False),
     _rounding("weight, rounded in pieces", _LEARNED, _WIDE, pieces=3),
-    _slightly_edited("weight with an edit of rank 2, codes", ("4096", "8192", "16384")),
+    _slightly_edited("weight with an edit of rank 2, codes", ("4096", "8192", "16384", "16384-edit")),
     _edited("weight with an edit, codes", ("16", "32", "64")),
     _edited("weight with an edit of a rank over 64, codes", ("default",), hot=False),
     _in_steps("weight, rounded in steps", ("rows",)),

@@ -17,6 +17,9 @@ from qrealign.evaluate.suite import EvaluationData
 from qrealign.files import read_json, remove, sha256_of_text, write_json, write_text
 
 SEED = 0  # of every draw here: all cells are asked the same
+# Of the ordinary prompts that are asked. A calibration with the same seed would rank the same ones first, and so draw
+# none of the others of their source.
+_BENIGN_SEED = 2601
 LONGEST_BENIGN = 1000  # characters: longer ones do not fit into the context of small models
 
 
@@ -32,7 +35,7 @@ def write_benign(plan: Plan) -> None:
     apart = _without(short, _calibration_pool(plan))
     if not apart:
         raise DataError(f"{location} has no short prompt that calibration does not use: give one with more rows")
-    drawn = sample(apart, min(len(apart), plan.limits.benign, plan.limits.limit or len(apart)), SEED)
+    drawn = sample(apart, min(len(apart), plan.limits.benign, plan.limits.limit or len(apart)), _BENIGN_SEED)
     telling = {overlap.training for overlap in find_overlap(apart, drawn)}  # the drawn ones among them
     left = [prompt for prompt in apart if prompt.text not in telling]
     _write_prompts(plan.benign_file, drawn)

@@ -162,40 +162,39 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   constexpr int kTokens = kTokenTiles * kTileTokens, kUnitColumns = 2 * kUnitBytes;
   extern __shared__ __align__(16) char shared[];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int g = lane / 4, t = lane % 4;
-  const RowRange rows(shape.rows);
+  const int g = lane / 4, t = lane % 4, tiles = (shape.rows + kTileRows - 1) / kTileRows;
   const int group_halves = max(shape.columns / groups / 128, 1);  // halves of a unit in a group
 
   using Stream = WeightStream<kTileRows, kStages>;
-  const auto stream_of = [&](int first_row) {
-    return Stream(shared + warp * Stream::kBytes, codes, shape.row_bytes, first_row, rows.end);
+  const auto stream_of = [&](int tile) {
+    return Stream(shared + warp * Stream::kBytes, codes, shape.row_bytes, tile * kTileRows, shape.rows);
   };
-  int ahead = rows.first;  // of the next tile to fetch
+  int ahead = blockIdx.x;  // the next tile to fetch
   const auto fetch = [&](int stage) {
-    if (ahead < rows.end) {
+    if (ahead < tiles) {
       stream_of(ahead).fetch(warp, stage);
       if (lane < kTileRows && warp % 4 == 0) {  // its scales, and those of the next three warps, come from memory too
-        const size_t row = min(ahead + lane, rows.end - 1), bytes = scale_element == Element::kFloat32 ? 4 : 2;
+        const size_t row = min(ahead * kTileRows + lane, shape.rows - 1), bytes = scale_element == Element::kFloat32 ? 4 : 2;
         const char* from = static_cast<const char*>(scale) + (row * groups + min(2 * warp / group_halves, groups - 1)) * bytes;
         asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
       }
     }
     stream_of(ahead).commit();
-    ahead += kTileRows;
+    ahead += gridDim.x;
   };
   for (int stage = 0; stage < kStages; ++stage) fetch(stage);
   float scales[2][2], points[2][2];  // [half of the unit][row g or g + 8], read one tile ahead
-  const auto read_scales = [&](int first_row) {
+  const auto read_scales = [&](int tile) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int group = min((2 * warp + i / 2) / group_halves, groups - 1);
-      const size_t at = static_cast<size_t>(min(first_row + 8 * (i % 2) + g, rows.end - 1)) * groups + group;
+      const size_t at = static_cast<size_t>(min(tile * kTileRows + 8 * (i % 2) + g, shape.rows - 1)) * groups + group;
       scales[i / 2][i % 2] = read_float(scale_element, scale, at);
       points[i / 2][i % 2] = Magic<T>::kOffset;
       if (!kSymmetric) points[i / 2][i % 2] += zero_point[at];
     }
   };
-  read_scales(rows.first);
+  read_scales(blockIdx.x);
   wait_for_kernels_before();
 
   uint32_t held[2][kTokenTiles][8][2];  // [half][tile of tokens][word][fragment]
@@ -228,8 +227,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
 
   float* const all = reinterpret_cast<float*>(shared + warps * Stream::kBytes);  // [2][warps][kTokens][kPitch]
   int stage = 0, turn = 0;
-  for (int first_row = rows.first; first_row < rows.end; first_row += kTileRows) {
-    const Stream stream = stream_of(first_row);
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const Stream stream = stream_of(tile);
     stream.wait();
     float totals[kTokenTiles][4] = {};
 #pragma unroll
@@ -259,7 +258,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     __syncwarp();
     fetch(stage);
     stage = stage + 1 == kStages ? 0 : stage + 1;
-    if (first_row + kTileRows < rows.end) read_scales(first_row + kTileRows);
+    if (tile + static_cast<int>(gridDim.x) < tiles) read_scales(tile + gridDim.x);
 
     // Two places by turns: one barrier a tile keeps a warp from writing where another still reads.
     float* const place = all + turn * warps * kTokens * kPitch;
@@ -272,8 +271,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     __syncthreads();
     // Other warps by turns: those that add come last to the next tile.
     for (int i = (threadIdx.x + turn * blockDim.x / 2) % blockDim.x; i < kTileRows * shape.tokens; i += blockDim.x) {
-      const int token = i / kTileRows, row = first_row + i % kTileRows;
-      if (row >= rows.end) continue;
+      const int token = i / kTileRows, row = tile * kTileRows + i % kTileRows;
+      if (row >= shape.rows) continue;
       float total = 0.0f;
 #pragma unroll 8
       for (int w = 0; w < warps; ++w) total += place[(w * kTokens + token) * kPitch + i % kTileRows];

@@ -155,16 +155,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   constexpr int kTokens = kTokenTiles * kTileTokens;
   extern __shared__ __align__(16) char shared[];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int g = lane / 4, t = lane % 4;
-  const RowRange rows(shape.rows);
+  const int g = lane / 4, t = lane % 4, tiles = (shape.rows + kTileRows - 1) / kTileRows;
 
   using Stream = WeightStream<kTileRows, kStages>;
-  int ahead_row = rows.first, ahead = 0;  // the next unit to fetch; what lies behind a row's end or the last row is read as zeros
+  int ahead_tile = blockIdx.x, ahead = 0;  // the next unit to fetch; what lies behind a row's end or the last tile is read as zeros
   const auto fetch = [&](int stage) {
-    const Stream stream(shared + warp * Stream::kBytes, codes, shape.row_bytes, ahead_row, rows.end);
+    const Stream stream(shared + warp * Stream::kBytes, codes, shape.row_bytes, ahead_tile * kTileRows, shape.rows);
     stream.fetch(warp + ahead * warps, stage);
     stream.commit();
-    if (++ahead == kUnits) ahead = 0, ahead_row += kTileRows;
+    if (++ahead == kUnits) ahead = 0, ahead_tile += gridDim.x;
   };
   for (int stage = 0; stage < kStages; ++stage) fetch(stage);
   wait_for_kernels_before();
@@ -180,10 +179,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   }
   let_next_kernel_start();
 
-  const Stream stream(shared + warp * Stream::kBytes, codes, shape.row_bytes, 0, rows.end);
+  const Stream stream(shared + warp * Stream::kBytes, codes, shape.row_bytes, 0, shape.rows);
   int* const all = reinterpret_cast<int*>(shared + warps * Stream::kBytes);  // [2][warps][kTokens][kPitch]
   int stage = 0, turn = 0;
-  for (int first_row = rows.first; first_row < rows.end; first_row += kTileRows) {
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     int sums[kTokenTiles][4] = {};
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
@@ -214,8 +213,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     __syncthreads();
     // Other warps by turns: those that add come last to the next tile.
     for (int i = (threadIdx.x + turn * blockDim.x / 2) % blockDim.x; i < kTileRows * shape.tokens; i += blockDim.x) {
-      const int token = i / kTileRows, row = first_row + i % kTileRows;
-      if (row >= rows.end) continue;
+      const int token = i / kTileRows, row = tile * kTileRows + i % kTileRows;
+      if (row >= shape.rows) continue;
       int sum = 0;
 #pragma unroll 8
       for (int w = 0; w < warps; ++w) sum += place[(w * kTokens + token) * kPitch + i % kTileRows];

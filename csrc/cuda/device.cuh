@@ -149,14 +149,6 @@ inline int held_bytes(int warps, int stages, int tokens) {
   return warps * (stages * kTileRows * kUnitStride + 2 * tokens * kPitch * static_cast<int>(sizeof(float)));
 }
 
-// The rows of a block that walks over tiles of them: each block has as many as another, but for one, so that all end together.
-struct RowRange {
-  int first, end;
-
-  __device__ explicit RowRange(int rows)
-      : first(static_cast<int64_t>(blockIdx.x) * rows / gridDim.x), end(static_cast<int64_t>(blockIdx.x + 1) * rows / gridDim.x) {}
-};
-
 // How a kernel is laid out on the GPU; `overlap` permits it to start before the kernel ahead in the stream has ended.
 struct Layout {
   dim3 blocks;

@@ -32,9 +32,7 @@ from qrealign_kernels.triton_activations import quantize_per_token
 from qrealign_kernels.triton_common import on_device_of
 from qrealign_kernels.triton_overlap import overlap
 
-# Most of a weight that is dequantized at a time, of which a 7B model's largest takes 180 MB. Parts make products slower,
-# and more than MANY tokens need more memory than a larger part for what passes between their layers.
-DENSE_BYTES, DENSE_BYTES_OF_MANY, MANY = 64 * 2**20, 128 * 2**20, 1024
+DENSE_BYTES = 64 * 2**20  # most of a weight that is dequantized at a time: a 7B model's largest takes 180 MB
 _ROWS = 256  # such a part holds a multiple of these, a whole number of the library's tiles
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -116,10 +114,9 @@ def _float_product(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Te
 
 
 def _dense_product(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> Tensor:
-    """Let the library multiply, with a copy of the weight in x's dtype, a part of it at a time."""
+    """Let the library multiply, with a copy of the weight in x's dtype, of at most DENSE_BYTES at a time."""
     rows, columns = weight.shape
-    most = DENSE_BYTES_OF_MANY if len(x) > MANY else DENSE_BYTES
-    parts = triton.cdiv(rows * columns * x.element_size(), most)
+    parts = triton.cdiv(rows * columns * x.element_size(), DENSE_BYTES)
     step = triton.cdiv(triton.cdiv(rows, parts), _ROWS) * _ROWS
     for first in range(0, rows, step):
         part = weight if step >= rows else weight.rows(first, min(first + step, rows))

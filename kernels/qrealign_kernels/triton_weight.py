@@ -307,7 +307,7 @@ def _fake_quant_edited_steps_fwd_kernel(
 
 def row_tile_columns(key: str) -> dict[str, int]:
     """Return what a key of the tables of row tiles stands for: the columns of a tile that holds a whole group."""
-    return {"BLOCK_C": int(key)}
+    return {"BLOCK_C": int(key.partition("-")[0])}
 
 
 def row_piece_columns(key: str) -> dict[str, int]:
@@ -433,7 +433,8 @@ def _launch_whole_groups(
 ) -> None:
     """Launch the kernel whose programs hold whole groups; sizes are N, K, a group's columns, and groups of a row."""
     rows, _, width, groups = sizes
-    tile = row_tile("fake_quant_edited_fwd", width, pointers[0].device) | pieces_of(width)
+    suffix = "-edit" if constants["RANK"] else ""
+    tile = row_tile("fake_quant_edited_fwd", width, pointers[0].device, suffix) | pieces_of(width)
     _fake_quant_edited_fwd_kernel[(groups, triton.cdiv(rows, tile["BLOCK_N"]))](
         *pointers, *sizes, FULL=is_full(rows, width, tile), **constants, **tile
     )
@@ -469,10 +470,10 @@ def is_full(rows: int, width: int, tile: launches.Choice) -> bool:
     return width == tile["BLOCK_C"] and rows % tile["BLOCK_N"] == 0
 
 
-def row_tile(kernel: str, width: int, device: torch.device) -> launches.Choice:
-    """Return the launch of a kernel whose tiles hold whole groups of this width."""
+def row_tile(kernel: str, width: int, device: torch.device, suffix: str = "") -> launches.Choice:
+    """Return the launch of a kernel whose tiles hold whole groups of this width; tables may know keys with a suffix."""
     block = tile_width(width)
-    return launches.choice(kernel, width_key(block), device) | {"BLOCK_C": block}
+    return launches.choice(kernel, width_key(block) + suffix, device) | {"BLOCK_C": block}
 
 
 def pieces_of(width: int) -> dict[str, int]:

@@ -11,9 +11,10 @@ import torch
 from benchmarks.safety.command import choose_workers
 from benchmarks.safety.corpora import Corpora
 from benchmarks.safety.jobs import cell_options, identity
+from benchmarks.safety.plan import SEEDS
 from benchmarks.safety.prompts import evaluation_data, held_pairs, write_benign, write_prefill
 from benchmarks.safety.variants import RECOMMENDED, RECORD, encode_pairs, main, parse_variant, training_pairs
-from qrealign.data.prompts import normalise, read_prompts
+from qrealign.data.prompts import normalise, read_prompts, sample
 from qrealign.errors import ConfigError, DataError
 from tests.bench_helpers import arguments, plan_of, write_data
 from tests.helpers import tiny_tokenizer
@@ -126,6 +127,8 @@ def test_ordinary_prompts_that_are_not_asked_are_for_calibration(folder):
     assert (len(asked), len(left)) == (5, 3)
     assert not {normalise(prompt.text) for prompt in asked} & {normalise(prompt.text) for prompt in left}
     assert plan.calibration("sst2")["benign_data"][-1] == str(plan.not_asked_file)
+    first = [sample([*asked, *left], len(asked), seed) for seed in SEEDS]  # what a calibration would draw from both
+    assert all(set(drawn) != set(asked) for drawn in first)
     write_benign(plan)
     assert read_prompts(str(plan.benign_file), role="benign") == asked
 
