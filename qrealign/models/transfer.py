@@ -89,6 +89,7 @@ class HostBlocks:
         self.largest = max(layout.num_bytes for layout in self.layouts)
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read-blocks")
         self._fixed: dict[int, Future[PinnedBuffer]] = {}
+        self._merged: set[int] = set()  # blocks that stay and hold the changes
         self._moving: dict[int, Future[PinnedBuffer]] = {}
         self._free: list[PinnedBuffer] = []
         self._all: list[PinnedBuffer] = []
@@ -106,10 +107,20 @@ class HostBlocks:
             return self._moving[index]
 
     def put(self, index: int, target: Tensor) -> None:
-        """Queue the copy of a block into a flat uint8 tensor on the current stream, changes merged."""
+        """Queue the copy of a block into a flat uint8 tensor on the current stream, changes merged.
+
+        A block that stays is merged on its first way and written back: reading an adapter and merging it takes the host
+        longer than the bus takes for the block. All copies of one block must be queued on one stream.
+        """
         buffer, layout = self.request(index).result(), self.layouts[index]
-        target[: layout.num_bytes].copy_(buffer.bytes[: layout.num_bytes], non_blocking=True)
-        self.source.merge_block(index, layout.views(target))
+        held, sent = buffer.bytes[: layout.num_bytes], target[: layout.num_bytes]
+        sent.copy_(held, non_blocking=True)
+        if index not in self._merged:
+            changed = self.source.merge_block(index, layout.views(target))
+            if index in self._fixed:
+                if changed:
+                    held.copy_(sent, non_blocking=True)
+                self._merged.add(index)
         if index not in self._fixed:
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()  # before the buffer is filled anew
