@@ -117,6 +117,50 @@ def test_the_student_takes_over_the_teacher_that_it_starts_from(source, adapted)
     assert pool.take(adapted) is None and not pool._kept
 
 
+def test_streamed_models_of_the_same_files_share_what_lies_in_host_memory(source, adapted, monkeypatch):
+    """The aligned model, the fine-tuned one and the student: blocks are read once, and merged once."""
+    read, merged = [], []
+    monkeypatch.setattr(ModelPool, "copies_blocks", True)
+    for one, name, calls in (
+        (source, "unmerged_block", read),
+        (adapted, "unmerged_block", read),
+        (adapted, "merge_block", merged),
+    ):
+        original = getattr(one, name)
+        monkeypatch.setattr(
+            one, name, lambda index, rest, calls=calls, original=original: calls.append(index) or original(index, rest)
+        )
+    pool = ModelPool(CPU, "streamed")
+    aligned = pool.full_precision("aligned", source)
+    assert torch.equal(logits(aligned), logits(source.load_model("cpu")))
+    finetuned = pool.full_precision("finetuned", adapted, instead_of="aligned")
+    expected = logits(adapted.load_model("cpu"))
+    assert torch.equal(logits(finetuned), expected) and torch.equal(logits(finetuned), expected)
+    assert pool.take(adapted) is None
+    stream = pool.open_stream(adapted)
+    for index in range(4):
+        assert all(
+            torch.equal(value, stream.acquire(index)[name]) for name, value in adapted.block_state(index).items()
+        )
+    assert sorted(read) == sorted(merged) == [0, 1, 2, 3]
+    stream.close()
+
+
+def test_host_memory_of_other_files_is_given_back(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(ModelPool, "copies_blocks", True)
+    other = open_model(str(tiny_checkpoint(tmp_path / "other", seed=5, num_hidden_layers=4)))
+    pool = ModelPool(CPU, "streamed")
+    pool.full_precision("aligned", other)
+    host = pool._streams["aligned"].host
+    model = pool.full_precision("finetuned", source, instead_of="aligned")
+    assert not host._all and torch.equal(logits(model), logits(source.load_model("cpu")))
+    pool.full_precision("another", other)
+    assert list(pool._streams) == ["another"]  # whoever holds the one before may still use it
+    assert torch.equal(logits(model), logits(source.load_model("cpu")))
+    pool.release()
+    assert not pool._streams
+
+
 def test_a_streamed_student_computes_and_freezes_what_a_resident_one_does(adapted):
     resident, streamed = (Student(context_of(adapted, ModelPool(CPU, m)), SETTINGS) for m in ("resident", "streamed"))
     assert streamed.streamed and not resident.streamed
