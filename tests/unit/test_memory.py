@@ -14,7 +14,7 @@ from qrealign.config import parse_scheme
 from qrealign.models.source import open_model
 from qrealign.models.streaming import is_streamed
 from qrealign.models.transfer import open_stream
-from qrealign.pipeline import calibrating, models, preflight, student
+from qrealign.pipeline import calibrating, models, preflight, student, teaching
 from qrealign.pipeline.models import ModelPool
 from qrealign.pipeline.student import Student, graph_bytes, kept_blocks
 from qrealign.quant.fake_quant import fake_quant_linears
@@ -115,6 +115,25 @@ def test_the_student_takes_over_the_teacher_that_it_starts_from(source, adapted)
     assert fresh.model is not teacher and torch.equal(logits(taught.model), logits(fresh.model))
     pool.full_precision("aligned", source)
     assert pool.take(adapted) is None and not pool._kept
+
+
+@pytest.mark.parametrize(
+    ("free", "streamed", "expected"), [(140, False, 32), (140, True, 55), (7, True, 41), (2, True, 32)]
+)
+def test_a_teacher_answers_more_prompts_at_once_where_its_weights_are_streamed(monkeypatch, free, streamed, expected):
+    """Sizes of a Llama-2-7B: 512 KiB of keys and values a token."""
+    monkeypatch.setattr(teaching, "free_bytes", lambda _: free * 2**30)
+    pool = SimpleNamespace(
+        dtype=torch.bfloat16,
+        fits=lambda _: not streamed,
+        resident_bytes=lambda _: 13.5e9,
+        weight_bytes=lambda _: 2**30,
+    )
+    config = SimpleNamespace(num_attention_heads=32, num_key_value_heads=32, head_dim=128)
+    source = SimpleNamespace(config=config, num_blocks=32)
+    settings = method_settings("realign", sequence_length=128, refusal_tokens=8, benign_tokens=20)
+    context = SimpleNamespace(device=GPU, finetuned=source, pool=pool)
+    assert teaching.teacher_batch(context, settings) == expected
 
 
 def test_streamed_models_of_the_same_files_share_what_lies_in_host_memory(source, adapted, monkeypatch):
