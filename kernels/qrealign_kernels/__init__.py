@@ -5,6 +5,7 @@ from qrealign_kernels.backend import build_info, use_backend
 from qrealign_kernels.block_ops import add_rms_norm, add_rms_norm_quantize, gather_rows, silu_mul
 from qrealign_kernels.calibration_ops import (
     encode_weight,
+    low_rank_gradients,
     reduced_weight_gradient,
     rms_norm_fake_quant,
     rms_norm_quantize,
@@ -41,6 +42,7 @@ __all__ = [
     "gather_rows",
     "int8_matmul",
     "int8_matmul_dx",
+    "low_rank_gradients",
     "pack_codes",
     "pack_int4",
     "packed_linear",

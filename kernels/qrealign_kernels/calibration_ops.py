@@ -119,6 +119,44 @@ def reduced_weight_gradient(
         )
 
 
+def low_rank_gradients(
+    grad: Tensor, x: Tensor, left: Tensor, right: Tensor, x_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the factors of an edit `left @ right` of a linear layer's weight, straight through its
+    rounding; the gradient of the weight itself, `[N, K]`, is never formed.
+
+    Args:
+        grad: `[M, N]` floating point, gradient of the layer's output.
+        x: `[M, K]` floating point, the layer's input as the product took it, or its int8 codes.
+        left: `[N, r]` floating point.
+        right: `[r, K]` floating point.
+        x_scale: `[M, 1]` float32; comes with codes.
+
+    Returns:
+        `[N, r]` and `[r, K]` in the factors' dtypes, accumulated in float32; a backend may round operands and inner
+        products to grad's dtype first.
+
+    Raises:
+        ValueError: shapes disagree, or codes come without their scale.
+        BackendUnavailableError: the backend chosen by name cannot take these tensors.
+    """
+    shapes = (grad.shape, x.shape, left.shape, right.shape)
+    if any(len(shape) != 2 for shape in shapes) or shapes != (
+        (grad.shape[0], left.shape[0]),
+        (grad.shape[0], right.shape[1]),
+        (left.shape[0], right.shape[0]),
+        (left.shape[1], right.shape[1]),
+    ):
+        raise ValueError(
+            "grad, x, left and right must be [M, N], [M, K], [N, r] and [r, K], got "
+            + ", ".join(str(tuple(shape)) for shape in shapes)
+        )
+    if x.is_floating_point() != (x_scale is None) or (x_scale is not None and x_scale.shape != (x.shape[0], 1)):
+        raise ValueError("codes come with a scale [M, 1], floating point values without one")
+    with torch.no_grad():
+        return backend_for(grad).low_rank_gradients(grad, x, left, right, x_scale)
+
+
 def rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, num_bits: int = 8
 ) -> QuantizedActivations:

@@ -50,6 +50,7 @@ class Backend:
     fake_quant_edited_weight: Callable[..., tuple[Tensor, Tensor | None]] | None
     edited_weight_gradients: Callable[..., WeightGradients] | None
     reduced_weight_gradient: Callable[..., WeightGradients]
+    low_rank_gradients: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
     rms_norm_quantize: Callable[..., tuple[Tensor, Tensor]]
     rms_norm_fake_quant: Callable[..., Tensor]
     rms_norm_gradients: Callable[..., tuple[Tensor, Tensor]]
@@ -81,6 +82,7 @@ REFERENCE = Backend(
     fake_quant_edited_weight=None,
     edited_weight_gradients=None,
     reduced_weight_gradient=reference_calibration.reduced_weight_gradient_ref,
+    low_rank_gradients=reference_calibration.low_rank_gradients_ref,
     rms_norm_quantize=reference_calibration.rms_norm_quantize_ref,
     rms_norm_fake_quant=reference_calibration.rms_norm_fake_quant_ref,
     rms_norm_gradients=reference_calibration.rms_norm_gradients,

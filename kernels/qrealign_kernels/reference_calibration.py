@@ -168,6 +168,32 @@ def reduced_weight_gradient_ref(
     return WeightGradients(**dict(zip(wanted, found, strict=True)))
 
 
+def low_rank_gradients_ref(
+    grad: Tensor, x: Tensor, left: Tensor, right: Tensor, x_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the factors of an additive edit `left @ right` of a linear layer's weight.
+
+    The gradient of the weight, `dW = grad.T @ x` `[N, K]`, is never formed: `d_left = dW right.T = grad.T (x right.T)`
+    and `d_right = left.T dW = (grad left).T x` take `r / K` and `r / N` of its work.
+
+    Args:
+        grad: `[M, N]` floating point, gradient of the layer's output.
+        x: `[M, K]` in grad's dtype, what the product read, or its int8 codes.
+        left: `[N, r]` floating point.
+        right: `[r, K]` floating point.
+        x_scale: `[M, 1]` float32, units of a code, where `x` holds codes.
+
+    Returns:
+        The gradients in the factors' shapes and dtypes; operands and both inner products are rounded to grad's dtype.
+    """
+    dtype = grad.dtype
+    x = x.to(dtype)
+    into, out_of = x @ right.T.to(dtype), grad @ left.to(dtype)  # [M, r]
+    if x_scale is not None:
+        into, out_of = (into * x_scale).to(dtype), (out_of * x_scale).to(dtype)
+    return (grad.T @ into).to(left.dtype), (out_of.T @ x).to(right.dtype)
+
+
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
     """Normalize each token by its root mean square, in float32, and scale it: Hugging Face's norms.
 

@@ -9,6 +9,7 @@ from qrealign_kernels import (
     triton_attention,
     triton_block,
     triton_linear,
+    triton_low_rank,
     triton_weight,
     triton_weight_gradients,
 )
@@ -22,6 +23,7 @@ BACKEND = dataclasses.replace(
     fake_quant_edited_weight=triton_weight.fake_quant_edited_weight,
     edited_weight_gradients=triton_weight_gradients.edited_weight_gradients,
     reduced_weight_gradient=triton_weight_gradients.reduced_weight_gradient,
+    low_rank_gradients=triton_low_rank.low_rank_gradients,
     rms_norm_quantize=triton_activations.rms_norm_quantize,
     rms_norm_fake_quant=triton_activations.rms_norm_fake_quant,
     rms_norm_gradients=triton_activations.rms_norm_gradients,

@@ -222,15 +222,30 @@ def test_blocks_keep_their_activations_as_far_as_memory_allows(adapted, monkeypa
     one = fixed + each * SETTINGS.batch_size * (SETTINGS.sequence_length + SETTINGS.benign_tokens)
     for share, expected in ((0.0, 0), (2.5, 2), (99.0, 4)):
         monkeypatch.setattr(student, "free_bytes", lambda _, s=share: s * one / student.ACTIVATION_SHARE)
-        assert kept_blocks(context, SETTINGS, it.model, blocks) == expected
+        assert kept_blocks(context, SETTINGS, it.model, blocks) == (expected, 0)
     context.device = GPU
     monkeypatch.setattr(student, "free_bytes", lambda _: 1e15)
+    codes = sum(layer.weight.numel() for layer in fake_quant_linears(blocks[0]).values())
+    monkeypatch.setattr(pool, "resident_bytes", lambda _: int((4 * one + 2.5 * codes) / student.KEPT_SHARE))
+    assert kept_blocks(context, SETTINGS, it.model, blocks) == (4, 2)
     monkeypatch.setattr(pool, "resident_bytes", lambda _: int(3.5 * one / student.KEPT_SHARE))
-    assert kept_blocks(context, SETTINGS, it.model, blocks) == 3
+    assert kept_blocks(context, SETTINGS, it.model, blocks) == (3, 0)
     monkeypatch.setattr(student, "free_bytes", lambda _: 2 * 1.5 * one)
-    assert kept_blocks(context, SETTINGS, it.model, blocks) == 1
+    assert kept_blocks(context, SETTINGS, it.model, blocks) == (1, 0)
     context.team = Team(rank=0, size=SETTINGS.batch_size)  # a sample for each process
-    assert kept_blocks(context, SETTINGS, it.model, blocks) > 1
+    assert kept_blocks(context, SETTINGS, it.model, blocks)[0] > 1
+
+
+def test_codes_are_kept_where_blocks_are_computed_again_and_where_memory_is_left(adapted, monkeypatch):
+    found = {}
+    for plan in ((2, 0), (4, 1)):
+        monkeypatch.setattr(student, "kept_blocks", lambda *_, plan=plan: plan)
+        it = Student(context_of(adapted, ModelPool(CPU)), SETTINGS)
+        blocks = [fake_quant_linears(block).values() for block in adapted.spec.blocks_of(it.model)]
+        found[plan] = [{layer.keeps_codes for layer in layers} for layers in blocks]
+    assert found == {(2, 0): [{True}, {True}, {False}, {False}], (4, 1): [{False}, {False}, {False}, {True}]}
+    streamed = Student(context_of(adapted, ModelPool(CPU, "streamed")), SETTINGS)
+    assert not any(layer.keeps_codes for layer in fake_quant_linears(streamed.model).values())
 
 
 def test_the_bytes_of_a_graph_grow_with_its_tokens_and_hold_no_parameters(source):
