@@ -8,8 +8,10 @@ from qrealign_kernels.calibration_ops import (
     low_rank_gradients,
     reduced_weight_gradient,
     rms_norm_fake_quant,
+    rms_norm_gradients,
     rms_norm_quantize,
     silu_mul_fake_quant,
+    silu_mul_gradients,
     silu_mul_quantize,
 )
 from qrealign_kernels.interface import BackendUnavailableError
@@ -52,9 +54,11 @@ __all__ = [
     "reduced_weight_gradient",
     "repack_weight",
     "rms_norm_fake_quant",
+    "rms_norm_gradients",
     "rms_norm_quantize",
     "silu_mul",
     "silu_mul_fake_quant",
+    "silu_mul_gradients",
     "silu_mul_quantize",
     "unpack_codes",
     "unpack_int4",

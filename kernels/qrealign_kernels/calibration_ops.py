@@ -201,6 +201,25 @@ def rms_norm_fake_quant(x: Tensor, weight: Tensor, eps: float, *, offset: float 
     return fake
 
 
+def rms_norm_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `rms_norm_fake_quant` in x and weight, for those who keep codes of its result alone.
+
+    Args:
+        grad: `[..., K]` floating point, gradient of the result.
+
+    The other arguments, and the errors, are those of `rms_norm_quantize`.
+
+    Returns:
+        Gradients in the shapes and dtypes of x and weight.
+    """
+    check_norm(x, weight)
+    _check_gradient(grad, x)
+    with torch.no_grad():
+        return backend_for(x).rms_norm_gradients(grad, x, weight, eps, offset=offset)
+
+
 def silu_mul_quantize(gate: Tensor, up: Tensor, *, num_bits: int = 8) -> QuantizedActivations:
     """Quantize `silu(gate) * up` per token, as a gated MLP computes it, in one pass. No gradient.
 
@@ -238,6 +257,23 @@ def silu_mul_fake_quant(gate: Tensor, up: Tensor, *, num_bits: int = 8) -> Tenso
     return fake
 
 
+def silu_mul_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `silu_mul_fake_quant` in gate and up, for those who keep codes of its result alone.
+
+    Args:
+        grad: `[..., K]` floating point, gradient of the result.
+
+    The other arguments, and the errors, are those of `silu_mul_quantize`.
+
+    Returns:
+        Gradients in the shapes and dtype of gate and up.
+    """
+    check_gate(gate, up)
+    _check_gradient(grad, gate)
+    with torch.no_grad():
+        return backend_for(gate).silu_mul_gradients(grad, gate, up)
+
+
 def _rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, offset: float, num_bits: int) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         return backend_for(x).rms_norm_quantize(x, weight, eps, offset=offset, num_bits=num_bits)
@@ -268,3 +304,8 @@ def check_gate(gate: Tensor, up: Tensor, num_bits: int = 8) -> None:
         raise ValueError(f"gate and up disagree: {tuple(gate.shape)} vs {tuple(up.shape)}")
     if gate.dtype != up.dtype:
         raise TypeError(f"gate and up must have one dtype, got {gate.dtype} and {up.dtype}")
+
+
+def _check_gradient(grad: Tensor, like: Tensor) -> None:
+    if grad.shape != like.shape or not grad.is_floating_point():
+        raise ValueError(f"grad must be {tuple(like.shape)} floating point, got {tuple(grad.shape)} {grad.dtype}")

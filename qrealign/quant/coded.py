@@ -100,24 +100,20 @@ class _Coded(torch.autograd.Function):
     """Stands for a tensor of which there are codes alone: it has shape and gradient, and one number as its content."""
 
     @staticmethod
-    def forward(ctx: Any, like: Tensor, fake: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+    def forward(ctx: Any, like: Tensor, gradients: Callable[..., Sequence[Tensor]], *operands: Tensor) -> Tensor:
         ctx.save_for_backward(*operands)
-        ctx.fake = fake
+        ctx.gradients = gradients
         return like.new_full((), float("nan")).expand(like.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[2:]
-        with torch.enable_grad():
-            operands = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, wanted, strict=True)]
-            learned = [operand for operand in operands if operand.requires_grad]
-            gradients = iter(torch.autograd.grad(ctx.fake(*operands), learned, grad))
-        return None, None, *(next(gradients) if need else None for need in wanted)
+        found = ctx.gradients(grad, *ctx.saved_tensors)
+        return None, None, *(each if need else None for each, need in zip(found, ctx.needs_input_grad[2:], strict=True))
 
 
 def coded_input(
     quantize: Callable[..., QuantizedActivations],
-    fake: Callable[..., Tensor],
+    gradients: Callable[..., Sequence[Tensor]],
     operands: Sequence[Tensor],
     num_bits: int,
     inputs: InputCodes,
@@ -126,14 +122,14 @@ def coded_input(
 
     Args:
         quantize: makes the codes of the operands, `[..., K]`.
-        fake: the same with floating-point values and gradients, straight through the rounding; it is differentiated.
+        gradients: takes the gradient of the result and the operands and returns theirs, straight through the rounding.
         operands: the first is of the shape of the result.
         num_bits: of the codes.
         inputs: of the linears that will read it.
     """
     with torch.no_grad():
         codes, scale, _ = quantize(*operands)
-    return inputs.provide_codes(_Coded.apply(operands[0], fake, *operands), num_bits, codes, scale)
+    return inputs.provide_codes(_Coded.apply(operands[0], gradients, *operands), num_bits, codes, scale)
 
 
 class _IntegerLinear(torch.autograd.Function):

@@ -14,10 +14,11 @@ from qrealign.arch import BlockSpec
 from qrealign.quant.coded import coded_input
 from qrealign.quant.fake_quant import FakeQuantLinear, fake_quant_linears
 from qrealign_kernels import (
-    QuantizedActivations,
     rms_norm_fake_quant,
+    rms_norm_gradients,
     rms_norm_quantize,
     silu_mul_fake_quant,
+    silu_mul_gradients,
     silu_mul_quantize,
 )
 
@@ -71,19 +72,15 @@ def _norm_forward(
 ) -> Callable[[Tensor], Tensor]:
     """Return a norm's forward that quantizes what `reader`, and whoever shares its inputs, will read."""
 
-    options = {"offset": float(offset), "num_bits": bits}
-
-    def fake(x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm_fake_quant(x, weight, eps, **options)  # type: ignore[arg-type]
-
-    def quantize(x: Tensor, weight: Tensor) -> QuantizedActivations:
-        return rms_norm_quantize(x, weight, eps, **options)  # type: ignore[arg-type]
+    added = float(offset)
+    quantize = partial(rms_norm_quantize, eps=eps, offset=added, num_bits=bits)
+    gradients = partial(rms_norm_gradients, eps=eps, offset=added)
 
     def forward(x: Tensor) -> Tensor:
         weight: Tensor = norm.weight  # type: ignore[assignment]
         if reader.is_coded():
-            return coded_input(quantize, fake, (x, weight), bits, reader.inputs)
-        return reader.inputs.provide(fake(x, weight), bits)
+            return coded_input(quantize, gradients, (x, weight), bits, reader.inputs)
+        return reader.inputs.provide(rms_norm_fake_quant(x, weight, eps, offset=added, num_bits=bits), bits)
 
     return forward
 
@@ -121,12 +118,12 @@ def _is_silu(activation: nn.Module) -> bool:
 def _gate_forward(parts: dict[str, nn.Module], bits: int, down: FakeQuantLinear) -> Callable[[Tensor], Tensor]:
     """Return a gated MLP's forward that quantizes the gated values for its last linear."""
 
-    fake, quantize = partial(silu_mul_fake_quant, num_bits=bits), partial(silu_mul_quantize, num_bits=bits)
+    quantize = partial(silu_mul_quantize, num_bits=bits)
 
     def forward(x: Tensor) -> Tensor:
         gate, up = parts["gate_proj"](x), parts["up_proj"](x)
         if down.is_coded():
-            return down(coded_input(quantize, fake, (gate, up), bits, down.inputs))
-        return down(down.inputs.provide(fake(gate, up), bits))
+            return down(coded_input(quantize, silu_mul_gradients, (gate, up), bits, down.inputs))
+        return down(down.inputs.provide(silu_mul_fake_quant(gate, up, num_bits=bits), bits))
 
     return forward
