@@ -8,6 +8,7 @@ from benchmarks.fit.cases import Case
 from qrealign_kernels import triton_activations as activations
 from qrealign_kernels import triton_gradient_kernels as gradients
 from qrealign_kernels import triton_low_rank as low_rank
+from qrealign_kernels import triton_rotary as rotary
 from qrealign_kernels import triton_weight as weights
 
 _GRID = {"QMIN": -128, "QMAX": 127, "SYMMETRIC": True, "SCALE_KIND": 2, "MIN_SCALE": 2.0**-24}
@@ -202,6 +203,23 @@ CASES = (
         table="low_rank_outer",
         types={"grad_ptr": "*bf16", "x_ptr": "*i8"},
         aligned=("N", "K"),
+    ),
+    Case(
+        name="heads, turned",
+        kernel=rotary._rotate_heads_kernel,
+        table="rotate_heads",
+        types={name: "*bf16" for name in ("x_ptr", "cos_ptr", "sin_ptr", "out_ptr")},
+        constants={"TRANSPOSED": False, "KIND": 2, "HALF": 64},
+        aligned=(
+            "D",
+            "stride_xb",
+            "stride_xh",
+            "stride_xt",
+            "stride_cosb",
+            "stride_cost",
+            "stride_sinb",
+            "stride_sint",
+        ),
     ),
     Case(
         name="gate, gradients",

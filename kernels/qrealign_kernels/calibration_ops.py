@@ -8,7 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qrealign_kernels.autograd_calibration import RmsNormFakeQuantFunction, SiluMulFakeQuantFunction
+from qrealign_kernels.autograd_calibration import (
+    RmsNormFakeQuantFunction,
+    RotateHeadsFunction,
+    SiluMulFakeQuantFunction,
+)
 from qrealign_kernels.backend import backend_for
 from qrealign_kernels.operators import opaque
 from qrealign_kernels.ops import check_activation, check_transform, check_weight, empty_codes
@@ -272,6 +276,32 @@ def silu_mul_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
     _check_gradient(grad, gate)
     with torch.no_grad():
         return backend_for(gate).silu_mul_gradients(grad, gate, up)
+
+
+def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn queries or keys by their positions, as Hugging Face's models do: `x * cos + rotate_half(x) * sin`.
+
+    Args:
+        x: `[B, H, T, D]` float32, float16 or bfloat16, D even.
+        cos: `[B or 1, T, D]` in x's dtype; gets no gradient, nor does `sin`.
+        sin: the same.
+
+    Returns:
+        `[B, H, T, D]` in x's dtype, bit for bit that of the operations one by one; differentiable in x.
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit.
+        BackendUnavailableError: the backend chosen by name cannot take these tensors.
+    """
+    batch, _, tokens, width = x.shape if x.dim() == 4 else (0, 0, 0, 1)
+    angles = {cos.shape, sin.shape} <= {(1, tokens, width), (batch, tokens, width)}
+    if width % 2 or not angles or {cos.dtype, sin.dtype} != {x.dtype} or not x.is_floating_point():
+        raise ValueError(
+            "heads must be [B, H, T, D] with D even, cos and sin [B or 1, T, D] of their dtype, got "
+            f"{tuple(x.shape)} {x.dtype}, {tuple(cos.shape)} {cos.dtype} and {tuple(sin.shape)} {sin.dtype}"
+        )
+    turned: Tensor = RotateHeadsFunction.apply(x, cos, sin, backend_for(x))
+    return turned
 
 
 def _rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, offset: float, num_bits: int) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,7 @@ class Backend:
     silu_mul_quantize: Callable[..., tuple[Tensor, Tensor]]
     silu_mul_fake_quant: Callable[..., Tensor]
     silu_mul_gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    rotate_heads: Callable[..., Tensor]
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     add_rms_norm_quantize: Callable[..., tuple[Tensor, Tensor, Tensor]]
     silu_mul: Callable[[Tensor, Tensor], Tensor]
@@ -89,6 +90,7 @@ REFERENCE = Backend(
     silu_mul_quantize=reference_calibration.silu_mul_quantize_ref,
     silu_mul_fake_quant=reference_calibration.silu_mul_fake_quant_ref,
     silu_mul_gradients=reference_calibration.silu_mul_gradients,
+    rotate_heads=reference_calibration.rotate_heads_ref,
     add_rms_norm=reference_block.add_rms_norm_ref,
     add_rms_norm_quantize=reference_block.add_rms_norm_quantize_ref,
     silu_mul=reference_calibration.silu_mul_ref,

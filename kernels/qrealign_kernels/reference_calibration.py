@@ -262,3 +262,24 @@ def silu_mul_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
     share = torch.sigmoid(wide)
     grad_gate = grad * up.float() * share * (1 + wide * (1 - share))
     return grad_gate.to(gate.dtype), (grad * wide * share).to(up.dtype)
+
+
+def rotate_heads_ref(x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool = False) -> Tensor:
+    """Turn each head by its token's position, as Hugging Face's models do: `x * cos + rotate_half(x) * sin`.
+
+    Args:
+        x: `[B, H, T, D]`, D even.
+        cos, sin: `[B or 1, T, D]`.
+        transposed: apply the transpose instead, which takes the gradient of the result to that of x.
+
+    Returns:
+        `[B, H, T, D]` in x's dtype, every operation rounded to it.
+
+    Source: rotary position embedding, arXiv 2104.09864, with halves in the place of neighbours.
+    """
+    cos, sin = cos[:, None], sin[:, None]
+    if transposed:
+        first, second = (x * sin).chunk(2, dim=-1)
+        return x * cos + torch.cat([second, -first], dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -10,6 +10,7 @@ from qrealign_kernels import (
     triton_block,
     triton_linear,
     triton_low_rank,
+    triton_rotary,
     triton_weight,
     triton_weight_gradients,
 )
@@ -30,6 +31,7 @@ BACKEND = dataclasses.replace(
     silu_mul_quantize=triton_activations.silu_mul_quantize,
     silu_mul_fake_quant=triton_activations.silu_mul_fake_quant,
     silu_mul_gradients=triton_activations.silu_mul_gradients,
+    rotate_heads=triton_rotary.rotate_heads,
     add_rms_norm=triton_block.add_rms_norm,
     add_rms_norm_quantize=triton_block.add_rms_norm_quantize,
     silu_mul=triton_block.silu_mul,

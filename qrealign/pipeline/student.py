@@ -26,7 +26,7 @@ from qrealign.models.streaming import StreamHandle, stream_blocks
 from qrealign.pipeline.context import RunContext
 from qrealign.pipeline.models import free_bytes
 from qrealign.quant.fake_quant import fake_quant_linears, set_quantize, swap_linears
-from qrealign.quant.fused import fused_inputs
+from qrealign.quant.fused import fused_inputs, fused_rotation
 from qrealign.repair.stored import store_block
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,8 @@ class Student:
             )
         self.trainable = Trainable(self._contexts(loaded=taught is not None))
         set_quantize([self.model], quantize)
+        if quantize and context.device.type == "cuda":
+            self._fused.enter_context(fused_rotation(source.spec.blocks_of(self.model)[0]))
         self._stream: StreamHandle | None = None
         if self.streamed:
             stream = pool.open_stream(source)

@@ -1,10 +1,13 @@
-"""Norms and gated MLPs that hand the linears behind them quantized inputs, in one pass, while a block is trained."""
+"""Parts of a block that are computed in one pass while it is trained: norms and gated MLPs that hand the linears behind
+them quantized inputs, and the turning of queries and keys by their positions."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +20,18 @@ from qrealign_kernels import (
     rms_norm_fake_quant,
     rms_norm_gradients,
     rms_norm_quantize,
+    rotate_heads,
     silu_mul_fake_quant,
     silu_mul_gradients,
     silu_mul_quantize,
 )
+from qrealign_kernels.reference_calibration import rotate_heads_ref
 
 _TRIAL_TOKENS = 2
+_ROTATION = "apply_rotary_pos_emb"
+
+Pair = tuple[Tensor, Tensor]
+Rotation = Callable[..., Pair]
 
 
 @contextmanager
@@ -127,3 +136,45 @@ def _gate_forward(parts: dict[str, nn.Module], bits: int, down: FakeQuantLinear)
         return down(down.inputs.provide(silu_mul_fake_quant(gate, up, num_bits=bits), bits))
 
     return forward
+
+
+@contextmanager
+def fused_rotation(block: nn.Module) -> Iterator[bool]:
+    """Let the models that are built as `block` is turn their queries and keys in one pass, with the same results.
+
+    Where the block's own module has the function that Hugging Face's models share, and a trial finds that it computes
+    what the op computes. Yields whether it has; at the end it is what it was.
+    """
+    module: Any = inspect.getmodule(type(block))
+    own: Any = getattr(module, _ROTATION, None)
+    fits = own is not None and _is_rotation(own)
+    if fits:
+        setattr(module, _ROTATION, partial(_rotate, own))
+    try:
+        yield fits
+    finally:
+        if fits:
+            setattr(module, _ROTATION, own)
+
+
+def _rotate(own: Rotation, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Pair:
+    """Compute what `own` computes; by itself where it is asked for anything else than turning whole heads."""
+    usual = not rest and not named and q.dim() == k.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]
+    if not usual or {k.dtype, cos.dtype, sin.dtype} != {q.dtype}:
+        return own(q, k, cos, sin, *rest, **named)
+    return rotate_heads(q, cos, sin), rotate_heads(k, cos, sin)
+
+
+@torch.no_grad()
+def _is_rotation(own: Rotation) -> bool:
+    """Whether a function turns heads as the op does, found out by a trial."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (
+        torch.randn(shape, generator=generator) for shape in ((1, 2, 3, 8), (1, 1, 3, 8), *[(1, 3, 8)] * 2)
+    )
+    try:
+        found = own(q, k, cos, sin)
+    except (TypeError, ValueError, RuntimeError):  # a function of the same name with another purpose
+        return False
+    wanted = (rotate_heads_ref(q, cos, sin), rotate_heads_ref(k, cos, sin))
+    return len(found) == 2 and all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
