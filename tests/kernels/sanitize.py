@@ -143,6 +143,26 @@ def reduced_gradient(scaled: bool, divided: bool) -> float:
     return max(error_of(one, other) for one, other in pairs if one is not None and other is not None)
 
 
+def edit_gradients(rank: int, coded: bool) -> float:
+    """Return the largest relative error of the gradients of an edit of a linear layer's weight."""
+    x, scale = torch.randn(37, 1160).bfloat16(), None
+    if coded:
+        x, scale = reference.quantize_per_token_ref(x)
+    given = (torch.randn(37, ROWS).bfloat16(), x, torch.randn(ROWS, rank), torch.randn(rank, 1160), scale)
+    pairs = zip(kernels.low_rank_gradients(*given), definitions.low_rank_gradients_ref(*given), strict=True)
+    return max(error_of(one, other) for one, other in pairs)
+
+
+def turned_heads(heads: int, width: int) -> float:
+    """Return the larger relative error of turned heads and of their gradient."""
+    x = torch.randn(2, 19, heads, width).bfloat16().transpose(1, 2).requires_grad_()
+    cos, sin = torch.rand(2, 1, 19, width).bfloat16()
+    turned, grad = kernels.rotate_heads(x, cos, sin), torch.randn(2, heads, 19, width).bfloat16()
+    (found,) = torch.autograd.grad(turned, x, grad)
+    wanted = definitions.rotate_heads_ref(grad, cos, sin, transposed=True)
+    return max(error_of(turned, definitions.rotate_heads_ref(x, cos, sin)), error_of(found, wanted))
+
+
 def tokens_alone(columns: int) -> float:
     """Return the largest relative error of rounded tokens, alone and behind a gate or an RMS norm, and of gradients."""
     x, gate, up = (torch.randn(5, columns).bfloat16().requires_grad_() for _ in range(3))
@@ -237,6 +257,10 @@ def checks() -> Iterator[Check]:
         yield f"tokens of {columns}", {}, partial(tokens_alone, columns)
         for offset in (0.0, 1.0):
             yield f"step of {columns}, {offset}", {}, partial(step_between_products, columns, offset)
+    for rank, coded in ((2, True), (3, False)):
+        yield f"gradients of an edit of rank {rank}", {}, partial(edit_gradients, rank, coded)
+    for heads, width in ((5, 24), (20, 128)):
+        yield f"{heads} heads of {width}, turned", {}, partial(turned_heads, heads, width)
     yield "rows of the host", {}, rows_of_the_host
     shapes, ops = ((6, 2, 40), (4, 4, 128), (7, 1, 64)), ("decode_attention", "prompt_attention")
     for op, shape, masked, coded in itertools.product(ops, shapes, (False, True), (False, True)):
