@@ -23,7 +23,7 @@ _RANKS = 2  # of a program
 @triton.jit
 def _along_rows(
     rows_ptr, factor_ptr, x_scale_ptr, out_ptr, M, C, stride_c, stride_r, RANK,
-    HAS_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr,
+    HAS_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Multiply rows `[M, C]` by two columns of a factor; `[M, RANK]` float32, in units of the tokens' scale."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -31,7 +31,7 @@ def _along_rows(
     second_rank = tl.minimum(first_rank + 1, RANK - 1)  # of an odd number the last one is computed twice
     b_first = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     b_second = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for start in tl.range(0, C, BLOCK_C, num_stages=AHEAD):
+    for start in range(0, C, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)
         mask = (m < M)[:, None] & (cols < C)[None, :]
         b_rows = tl.load(rows_ptr + m[:, None] * C + cols[None, :], mask=mask, other=0).to(tl.float32)
@@ -51,22 +51,20 @@ def _along_rows(
 @triton.jit
 def _low_rank_inner_kernel(
     grad_ptr, x_ptr, x_scale_ptr, left_ptr, right_ptr, inner_ptr, M, N, K, RANK,
-    HAS_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr,
+    HAS_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Write `x @ right.T` and `grad @ left`, `[2, M, RANK]` float32, both times the tokens' scale."""
     if tl.program_id(2) == 0:
-        _along_rows(x_ptr, right_ptr, x_scale_ptr, inner_ptr, M, K, 1, K, RANK, HAS_SCALE, BLOCK_M, BLOCK_C, AHEAD)
+        _along_rows(x_ptr, right_ptr, x_scale_ptr, inner_ptr, M, K, 1, K, RANK, HAS_SCALE, BLOCK_M, BLOCK_C)
     else:
-        _along_rows(
-            grad_ptr, left_ptr, x_scale_ptr, inner_ptr + M * RANK, M, N, RANK, 1, RANK, HAS_SCALE, BLOCK_M, BLOCK_C,
-            AHEAD,
-        )  # fmt: skip
+        inner_ptr += M * RANK
+        _along_rows(grad_ptr, left_ptr, x_scale_ptr, inner_ptr, M, N, RANK, 1, RANK, HAS_SCALE, BLOCK_M, BLOCK_C)
 
 
 @triton.jit
 def _along_columns(
     rows_ptr, inner_ptr, out_ptr, M, C, stride_c, stride_r, RANK,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Multiply the transpose of rows `[M, C]` by two columns of `inner` `[M, RANK]`; nothing behind the last column."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -75,7 +73,7 @@ def _along_columns(
     b_first = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     b_second = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     end = tl.where(tl.program_id(0) * BLOCK_C < C, M, 0)
-    for start in tl.range(0, end, BLOCK_M, num_stages=AHEAD):
+    for start in range(0, end, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         mask = (m < M)[:, None] & (cols < C)[None, :]
         b_rows = tl.load(rows_ptr + m.to(tl.int64)[:, None] * C + cols[None, :], mask=mask, other=0).to(tl.float32)
@@ -91,13 +89,13 @@ def _along_columns(
 @triton.jit
 def _low_rank_outer_kernel(
     grad_ptr, x_ptr, inner_ptr, grad_left_ptr, grad_right_ptr, M, N, K, RANK,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of `left` `[N, RANK]` and `right` `[RANK, K]`."""
     if tl.program_id(2) == 0:
-        _along_columns(grad_ptr, inner_ptr, grad_left_ptr, M, N, RANK, 1, RANK, BLOCK_M, BLOCK_C, AHEAD)
+        _along_columns(grad_ptr, inner_ptr, grad_left_ptr, M, N, RANK, 1, RANK, BLOCK_M, BLOCK_C)
     else:
-        _along_columns(x_ptr, inner_ptr + M * RANK, grad_right_ptr, M, K, 1, K, RANK, BLOCK_M, BLOCK_C, AHEAD)
+        _along_columns(x_ptr, inner_ptr + M * RANK, grad_right_ptr, M, K, 1, K, RANK, BLOCK_M, BLOCK_C)
 
 
 def low_rank_gradients(

@@ -12,8 +12,8 @@ from qrealign_kernels import launches
 from qrealign_kernels.reference_calibration import low_rank_gradients_ref
 
 SMALL = {
-    "low_rank_inner": {"BLOCK_M": 16, "BLOCK_C": 16, "AHEAD": 1, "num_warps": 4},
-    "low_rank_outer": {"BLOCK_M": 16, "BLOCK_C": 32, "AHEAD": 2, "num_warps": 4},
+    "low_rank_inner": {"BLOCK_M": 16, "BLOCK_C": 16, "num_warps": 4},
+    "low_rank_outer": {"BLOCK_M": 16, "BLOCK_C": 32, "num_warps": 4},
 }
 
 
