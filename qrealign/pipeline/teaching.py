@@ -59,16 +59,20 @@ def teacher_batch(context: RunContext, settings: CalibrationSettings) -> int:
     """
     if context.device.type != "cuda":
         return TEACHER_BATCH
-    source, pool = context.finetuned, context.pool
-    config, tokens = source.config, settings.sequence_length + max(settings.refusal_tokens, settings.benign_tokens)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    prompt_bytes = 2 * source.num_blocks * heads * width * tokens * pool.dtype.itemsize
-    free = free_bytes(context.device)
+    source, pool, free = context.finetuned, context.pool, free_bytes(context.device)
     allowed = max(CACHE_LEAST, CACHE_SHARE * min(pool.resident_bytes(source), free))
     if not pool.fits(source):
         allowed = max(allowed, min(CACHE_STREAMED, (free - pool.weight_bytes(source)) / 2))
-    return max(TEACHER_BATCH, min(MOST_ANSWERED, int(allowed / prompt_bytes)))
+    return max(TEACHER_BATCH, min(MOST_ANSWERED, int(allowed / cache_bytes(context, settings))))
+
+
+def cache_bytes(context: RunContext, settings: CalibrationSettings) -> int:
+    """Return the bytes of the keys and values of one prompt and its answer."""
+    config, tokens = context.finetuned.config, settings.sequence_length
+    tokens += max(settings.refusal_tokens, settings.benign_tokens)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * context.finetuned.num_blocks * heads * width * tokens * context.pool.dtype.itemsize
 
 
 def _teach(context: RunContext, settings: CalibrationSettings) -> TeacherCache:

@@ -262,6 +262,7 @@ def test_the_bytes_of_a_graph_grow_with_its_tokens_and_hold_no_parameters(source
 
 
 def test_preflight_says_what_a_step_moves(source, monkeypatch):
+    monkeypatch.setattr(teaching, "free_bytes", lambda _: 10**15)
     for memory, words in (
         ("resident", "weights resident"),
         ("streamed", "weights streamed: 0.0 GiB come from the host in each step"),
@@ -277,7 +278,10 @@ def test_preflight_says_what_a_step_moves(source, monkeypatch):
     resident, streamed = (ModelPool(CPU, name) for name in ("resident", "streamed"))
     for pool in (resident, streamed):
         pool.device = GPU
-    assert preflight.memory_bytes(context_of(source, streamed)) < preflight.memory_bytes(context_of(source, resident))
+    sizes = [preflight.memory_bytes(context_of(source, pool)) for pool in (streamed, resident)]
+    assert sizes[0] < sizes[1]
+    monkeypatch.setattr(preflight, "cache_bytes", lambda *_: 10**9)  # the teachers' answers then take more than a step
+    assert preflight.memory_bytes(context_of(source, streamed)) > 10**9 > sizes[1]
 
 
 def test_preflight_says_where_the_streams_of_the_block_wise_engine_are(source, monkeypatch):
