@@ -12,7 +12,7 @@ from torch import Tensor
 
 import qrealign_kernels as kernels
 from benchmarks.timing import rotations
-from benchmarks.tunables.calibration import backward_calls, learned
+from benchmarks.tunables.calibration import backward_calls, edit_gradient_calls, head_calls, learned
 from benchmarks.tunables.tunable import Calls
 from qrealign_kernels import reference
 from qrealign_kernels import reference_calibration as definitions
@@ -78,8 +78,24 @@ def all_measures() -> Iterator[Measure]:
                 operations=2 * tokens * 4096 * 4096,
                 prepare=partial(_prepare_product, tokens, 4096, 4096, group_size),
             )
+    for rows, columns in ((4096, 4096), (11008, 4096), (4096, 11008)):
+        yield Measure(
+            kernel="low_rank_gradients",
+            variant="edit of rank 2, 2048 tokens",
+            shape=(rows, columns),
+            bytes=2048 * (2 * rows + columns),
+            operations=8 * 2048 * (rows + columns),
+            prepare=partial(_prepare_edit_gradients, 2048, rows, columns, 2),
+        )
     for tokens in (1, 2048):
         yield from _of_tokens(tokens)
+    yield Measure(
+        kernel="rotate_heads",
+        variant="2048 tokens, 32 heads",
+        shape=(2048, 4096),
+        bytes=4 * 2048 * 4096,
+        prepare=partial(_prepare_heads, 2048, 32, 128),
+    )
 
 
 def compile_measure(index: int) -> None:
@@ -229,6 +245,30 @@ def _prepare_product(tokens: int, rows: int, columns: int, group_size: int) -> P
     def check() -> None:
         found = expected()
         _check_gradients(calls[0](), {name: getattr(found, name) for name in CLIP})
+
+    return Prepared(calls, expected, check)
+
+
+def _prepare_edit_gradients(tokens: int, rows: int, columns: int, rank: int) -> Prepared:
+    left, right = torch.randn(rows, rank, device="cuda") * 0.01, torch.randn(rank, columns, device="cuda") * 0.02
+    calls: Calls = edit_gradient_calls(tokens, rows, columns, left, right)
+    grad, codes, _, _, scale = cast("partial[tuple[Tensor, Tensor]]", calls[0]).args
+    expected = partial(definitions.low_rank_gradients_ref, grad, codes, left, right, scale)
+
+    def check() -> None:
+        for found, truth in zip(cast("tuple[Tensor, Tensor]", calls[0]()), expected(), strict=True):
+            error = (found - truth).norm() / truth.norm()
+            assert error < WORST_GRADIENT_ERROR, f"the gradient of a factor is off by {error:.1e}"
+
+    return Prepared(calls, expected, check)
+
+
+def _prepare_heads(tokens: int, heads: int, width: int) -> Prepared:
+    calls = head_calls(tokens, heads, width)
+    expected = partial(definitions.rotate_heads_ref, *cast("partial[Tensor]", calls[0]).args)
+
+    def check() -> None:
+        assert torch.equal(cast("Tensor", calls[0]()), expected())
 
     return Prepared(calls, expected, check)
 

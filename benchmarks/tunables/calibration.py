@@ -247,6 +247,52 @@ def gate_calls(tokens: int, columns: int) -> Calls:
     ]
 
 
+def inner_candidates(key: str) -> list[Choice]:
+    """Return tiles of few tokens and many columns."""
+    return grid(
+        {"BLOCK_M": (1, 2, 4, 8), "BLOCK_C": (256, 512, 1024, 2048), "num_warps": (4, 8)},
+        lambda choice: _held(choice, choice["BLOCK_C"], "BLOCK_M"),
+    )
+
+
+def outer_candidates(key: str) -> list[Choice]:
+    """Return tiles of many tokens and few columns."""
+    return grid(
+        {"BLOCK_M": (32, 64, 128, 256), "BLOCK_C": (16, 32, 64), "num_warps": (4, 8)},
+        lambda choice: _held(choice, choice["BLOCK_C"], "BLOCK_M"),
+    )
+
+
+def edit_gradient_calls(tokens: int, rows: int, columns: int, left: Tensor, right: Tensor) -> Calls:
+    """Return calls that give the gradients of an edit of a linear that has read codes."""
+    return [
+        partial(kernels.low_rank_gradients, _randn(tokens, rows), codes, left, right, scale)
+        for codes, scale in (
+            kernels.quantize_per_token(_randn(tokens, columns)) for _ in range(rotations(tokens * (2 * rows + columns)))
+        )
+    ]
+
+
+def slight_edit_calls(tokens: int, rows: int, columns: int) -> Calls:
+    """Return the same for an edit of rank 2, that of the default recipe."""
+    left, right = _randn(rows, 2, dtype=torch.float32) * 0.01, _randn(2, columns, dtype=torch.float32) * 0.02
+    return edit_gradient_calls(tokens, rows, columns, left, right)
+
+
+def head_candidates(key: str) -> list[Choice]:
+    """Return tiles of some heads of one token."""
+    return grid({"BLOCK_H": (4, 8, 16, 32), "num_warps": (1, 2, 4, 8)}, lambda choice: _held(choice, 64, "BLOCK_H"))
+
+
+def head_calls(tokens: int, heads: int, width: int) -> Calls:
+    """Return calls that turn bfloat16 heads as a projection gives them."""
+    angles = [_randn(1, tokens, width) for _ in range(2)]
+    return [
+        partial(kernels.rotate_heads, _randn(1, tokens, heads, width).transpose(1, 2), *angles)
+        for _ in range(rotations(4 * tokens * heads * width))
+    ]
+
+
 TUNABLES = (
     Tunable(name="fake_quant_edited_fwd", keys=WEIGHTS, candidates=weight_candidates, make_calls=forward_calls),
     Tunable(name="weight_gradients_bwd", keys=WEIGHTS, candidates=gradient_candidates, make_calls=gradient_calls),
@@ -261,5 +307,18 @@ TUNABLES = (
     Tunable(name="quantize_per_token", keys=TOKENS, candidates=token_candidates, make_calls=token_calls),
     Tunable(name="rms_norm_quantize", keys=TOKENS, candidates=token_candidates, make_calls=norm_calls),
     Tunable(name="silu_mul_quantize", keys=TOKENS, candidates=token_candidates, make_calls=gate_calls),
+    Tunable(
+        name="low_rank_inner",
+        keys={"default": (2048, 11008, 4096)},
+        candidates=inner_candidates,
+        make_calls=slight_edit_calls,
+    ),
+    Tunable(
+        name="low_rank_outer",
+        keys={"default": (2048, 11008, 4096)},
+        candidates=outer_candidates,
+        make_calls=slight_edit_calls,
+    ),
+    Tunable(name="rotate_heads", keys={"default": (2048, 32, 128)}, candidates=head_candidates, make_calls=head_calls),
     Tunable(name="rms_norm_bwd", keys=TOKENS, candidates=norm_gradient_candidates, make_calls=norm_gradient_calls),
 )
