@@ -1,4 +1,4 @@
-"""Triton kernels of a decoder block beside its products and its attention: norm behind a sum, and gate.
+"""Triton kernels of a step beside its products and its attention: norm behind a sum, gate, and rows of the embedding.
 
 What they move is small, so a step has as few launches as possible, and each starts while the one in front of it ends.
 """
@@ -54,6 +54,7 @@ def _silu_mul_fwd_kernel(
     gate_ptr, up_ptr, out_ptr, C, stride_gr, stride_ur, KIND: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """Gate BLOCK_C columns of one token."""
     wait_for_inputs(OVERLAP)
     r = tl.program_id(0).to(tl.int64)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -68,6 +69,7 @@ def _silu_mul_fwd_kernel(
 def _gather_rows_fwd_kernel(
     table_ptr, indices_ptr, out_ptr, C, OVERLAP: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
+    """Copy BLOCK_C columns of one row, which may lie in the host's memory."""
     wait_for_inputs(OVERLAP)
     r = tl.program_id(0).to(tl.int64)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

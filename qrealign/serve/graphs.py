@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class SlotGraphs:
         self._first_rows = torch.arange(slots, device=device)
         self._rows = self._first_rows.clone()
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pool: Any = None  # one for all, since they take turns
 
     def run(self, ids: Tensor, place: Place) -> Tensor | None:
         """Return `[B, V]` logits, overwritten by the next call; None where so many tokens are not recorded.
@@ -100,6 +101,7 @@ class SlotGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             logits = self._forward(ids, place)
+        self._pool = graph.pool()
         return graph, logits
 
     @staticmethod
