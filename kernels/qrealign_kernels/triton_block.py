@@ -54,7 +54,6 @@ def _silu_mul_fwd_kernel(
     gate_ptr, up_ptr, out_ptr, C, stride_gr, stride_ur, KIND: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Gate BLOCK_C columns of one token."""
     wait_for_inputs(OVERLAP)
     r = tl.program_id(0).to(tl.int64)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -69,7 +68,6 @@ def _silu_mul_fwd_kernel(
 def _gather_rows_fwd_kernel(
     table_ptr, indices_ptr, out_ptr, C, OVERLAP: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Copy BLOCK_C columns of one row, which may lie in the host's memory."""
     wait_for_inputs(OVERLAP)
     r = tl.program_id(0).to(tl.int64)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

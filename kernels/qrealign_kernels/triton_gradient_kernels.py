@@ -153,6 +153,7 @@ def _reduce_tile(
             maximum, low_share, high_share, low, high, raw_scale, low_steps, high_steps, lowest, highest, HAS_LOW,
             HAS_HIGH, QMIN, QMAX, SYMMETRIC, MIN_SCALE,
         )  # fmt: skip
+        # The extremes receive the gradient of the bounds they define; ties share it equally.
         to_divisor += at_minimum * minimum + at_maximum * maximum
         if TO_COLUMN or TO_WEIGHT:
             # No weight is beyond the extremes. Asked as above, the answers would be kept: bits, which cost more.

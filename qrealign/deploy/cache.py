@@ -12,6 +12,17 @@ from qrealign.deploy import CACHE_BITS
 from qrealign.errors import ConfigError, UnsupportedArchitectureError
 from qrealign_kernels import CachePlace, quantize_per_token
 
+__all__ = [
+    "STATIC_LAYERS",
+    "CachePlace",
+    "CodedStaticLayer",
+    "check_cache_bits",
+    "decode_states",
+    "encode_states",
+    "static_cache",
+    "static_place",
+]
+
 
 def check_cache_bits(bits: int | None) -> None:
     """Refuse a width that no cache has.

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from qrealign.deploy.cache import check_cache_bits, decode_states, encode_states
+from qrealign.deploy.cache import CachePlace, check_cache_bits, decode_states, encode_states
 from qrealign.errors import UnsupportedArchitectureError
-from qrealign_kernels import CachePlace
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
