@@ -351,9 +351,7 @@ def prompt_attention(states: TokenStates, place: CachePlace, mask: Tensor | None
 
 
 def _together(states: TokenStates) -> TokenStates:
-    """Return states whose heads lie one behind the other in every row, and so do the channels of a turn: views where
-    they do.
-    """
+    """Return states whose heads lie one behind the other in each row, as the channels of a turn do: mostly views."""
     heads = (
         one if one.stride()[-2:] == (one.shape[-1], 1) else one.contiguous()
         for one in (states.query, states.key, states.value)
