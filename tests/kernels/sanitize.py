@@ -211,22 +211,23 @@ def attention(op: str, heads: int, groups: int, size: int, masked: bool, coded: 
     length, tokens = 133, () if op == "decode_attention" else (19,)
     states = torch.randn(3, *tokens, heads + 2 * groups, size).bfloat16()
     query, key, value = states.split([heads, groups, groups], dim=-2)
-    cos, sin = torch.rand(2, 3, *tokens, size).bfloat16()
-    keys, values = torch.randn(2, 3, groups, length, size).bfloat16()
-    buffers = {"keys": keys, "values": values}
+    new = kernels.TokenStates(query, key, value, *torch.rand(2, 3, *tokens, size).bfloat16())
+    buffers = dict(zip(("keys", "values"), torch.randn(2, 3, groups, length, size).bfloat16(), strict=True))
     if coded:
-        (keys, key_scale), (values, value_scale) = map(reference.quantize_per_token_ref, (keys, values))
-        scales = {"key_scale": key_scale[..., 0].contiguous(), "value_scale": value_scale[..., 0].contiguous()}
-        buffers = {"keys": keys, "values": values, **scales}
+        for name, scale in (("keys", "key_scale"), ("values", "value_scale")):
+            buffers[name], scales = reference.quantize_per_token_ref(buffers[name])
+            buffers[scale] = scales[..., 0].contiguous()
     each = torch.tensor([0, 57, 132 - sum(tokens)])
     errors = []
     for cells in (each[:, None] + torch.arange(*tokens) if tokens else each, torch.tensor([57])):
         mask = torch.rand(3, *tokens, length) < 0.5 if masked else None
-        given = {"mask": mask, "length": length, "scaling": size**-0.5, "advance": len(cells) == 1}
-        ours, theirs = ({name: held.clone() for name, held in (buffers | {"cells": cells}).items()} for _ in range(2))
-        got = getattr(kernels, op)(query, key, value, cos, sin, **ours, **given)
-        want = getattr(reference_attention, f"{op}_ref")(query, key, value, cos, sin, **theirs, **given)
-        errors += map(error_of, (got, *ours.values()), (want, *theirs.values()))
+        tensors = buffers | {"cells": cells}
+        ours, theirs = ({name: held.clone() for name, held in tensors.items()} for _ in range(2))
+        results = []
+        for run, held in ((getattr(kernels, op), ours), (getattr(reference_attention, f"{op}_ref"), theirs)):
+            place = kernels.CachePlace(**held, length=length, advance=len(cells) == 1)
+            results.append(run(new, place, mask, scaling=size**-0.5))
+        errors += map(error_of, (results[0], *ours.values()), (results[1], *theirs.values()))
     return max(errors)
 
 
