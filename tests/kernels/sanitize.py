@@ -188,25 +188,34 @@ def step_between_products(columns: int, offset: float) -> float:
 
 def attention(op: str, heads: int, groups: int, size: int, masked: bool, coded: bool) -> float:
     """Return the largest relative error of an op's attention over a cache and of what it leaves in the buffers."""
-    length, tokens = 133, () if op == "decode_attention" else (19,)
-    states = torch.randn(3, *tokens, heads + 2 * groups, size).bfloat16()
-    query, key, value = states.split([heads, groups, groups], dim=-2)
-    cos, sin = torch.rand(2, 3, *tokens, size).bfloat16()
-    keys, values = torch.randn(2, 3, groups, length, size).bfloat16()
+    device, length, tokens = torch.get_default_device(), 133, () if op == "decode_attention" else (19,)
+    with torch.device("cpu"):  # where the definition is computed: racecheck takes minutes over the library's products
+        states = torch.randn(3, *tokens, heads + 2 * groups, size).bfloat16()
+        cos, sin = torch.rand(2, 3, *tokens, size).bfloat16()
+        keys, values = torch.randn(2, 3, groups, length, size).bfloat16()
+        mask = torch.rand(3, *tokens, length) < 0.5 if masked else None
+        each = torch.tensor([0, 57, 132 - sum(tokens)])
+        places = (each[:, None] + torch.arange(*tokens) if tokens else each, torch.tensor([57]))
     buffers = {"keys": keys, "values": values}
     if coded:
         (keys, key_scale), (values, value_scale) = map(reference.quantize_per_token_ref, (keys, values))
         scales = {"key_scale": key_scale[..., 0].contiguous(), "value_scale": value_scale[..., 0].contiguous()}
         buffers = {"keys": keys, "values": values, **scales}
-    each = torch.tensor([0, 57, 132 - sum(tokens)])
+
+    def attend(call: Callable[..., torch.Tensor], held: dict[str, torch.Tensor], **given: Any) -> torch.Tensor:
+        where = held["cells"].device
+        inputs = (*states.to(where).split([heads, groups, groups], dim=-2), cos.to(where), sin.to(where))
+        return call(*inputs, **held, mask=None if mask is None else mask.to(where), **given)
+
     errors = []
-    for cells in (each[:, None] + torch.arange(*tokens) if tokens else each, torch.tensor([57])):
-        mask = torch.rand(3, *tokens, length) < 0.5 if masked else None
-        given = {"mask": mask, "length": length, "scaling": size**-0.5, "advance": len(cells) == 1}
-        ours, theirs = ({name: held.clone() for name, held in (buffers | {"cells": cells}).items()} for _ in range(2))
-        got = getattr(kernels, op)(query, key, value, cos, sin, **ours, **given)
-        want = getattr(reference_attention, f"{op}_ref")(query, key, value, cos, sin, **theirs, **given)
-        errors += map(error_of, (got, *ours.values()), (want, *theirs.values()))
+    for cells in places:
+        given = {"length": length, "scaling": size**-0.5, "advance": len(cells) == 1}
+        ours = {name: held.to(device, copy=True) for name, held in (buffers | {"cells": cells}).items()}
+        theirs = {name: held.clone() for name, held in (buffers | {"cells": cells}).items()}
+        got = attend(getattr(kernels, op), ours, **given)
+        want = attend(getattr(reference_attention, f"{op}_ref"), theirs, **given)
+        pairs = zip((got, *ours.values()), (want, *theirs.values()), strict=True)
+        errors += [error_of(one.cpu(), other) for one, other in pairs]
     return max(errors)
 
 
