@@ -38,54 +38,58 @@ struct Runs {
   int* arrivals;  // [split tiles], zero before and after
 };
 
-// A run of a tile's blocks of 256 columns, and what comes after it. A block of threads takes every gridDim.x-th tile; with kSplit, what
-// is left for fewer than all is cut into as many runs of like length: the end of one tile and the beginning of the next.
-template <bool kSplit>
+// A run of a tile's blocks of 256 columns, and what comes after it. Workers are clusters of blocks, whose blocks have neighbouring tiles
+// and the same columns. A worker takes every n-th set of tiles; with kSplit, what is left for fewer than all workers is cut into as many
+// runs of like length: the end of one tile and the beginning of the next.
+template <int kCluster, bool kSplit>
 class Work {
  public:
-  int tile, first, end;  // the present run
+  int tile, first, end;  // the present run, of this block of threads
 
-  __device__ Work(int tiles, int blocks) : tiles_(tiles), blocks_(blocks), next_(blockIdx.x) {
-    const int grid = gridDim.x;
-    whole_ = kSplit ? tiles / grid * grid : tiles;
+  __device__ Work(int tiles, int blocks) : sets_(tiles / kCluster), blocks_(blocks), workers_(gridDim.x / kCluster) {
+    const int worker = blockIdx.x / kCluster;
+    next_ = worker;
+    whole_ = kSplit ? sets_ / workers_ * workers_ : sets_;
     if (kSplit) {
-      left_ = (tiles - whole_) * blocks;
-      runs_ = min(grid, left_);  // none is empty
-      at_ = begin(min(static_cast<int>(blockIdx.x), runs_));
-      stop_ = begin(min(static_cast<int>(blockIdx.x) + 1, runs_));
+      left_ = (sets_ - whole_) * blocks;
+      runs_ = min(workers_, left_);  // none is empty
+      at_ = begin(min(worker, runs_));
+      stop_ = begin(min(worker + 1, runs_));
     }
     advance();
   }
 
-  __device__ bool done() const { return tile >= tiles_; }
+  __device__ bool done() const { return set_ >= sets_; }
   __device__ bool is_whole() const { return !kSplit || end - first == blocks_; }
 
   __device__ void advance() {
-    tile = next_, first = 0, end = blocks_;
-    if (tile < whole_) {
-      next_ += gridDim.x;
+    set_ = next_, first = 0, end = blocks_;
+    if (set_ < whole_) {
+      next_ += workers_;
     } else if (kSplit && at_ < stop_) {
-      tile = whole_ + at_ / blocks_;
+      set_ = whole_ + at_ / blocks_;
       first = at_ % blocks_;
       end = min(blocks_, first + stop_ - at_);
       at_ += end - first;
     } else {
-      tile = tiles_;
+      set_ = sets_;
     }
+    tile = set_ * kCluster + rank();
   }
 
-  __device__ int split_tile() const { return tile - whole_; }
+  __device__ static int rank() { return blockIdx.x % kCluster; }
+  __device__ int split_tile() const { return tile - whole_ * kCluster; }
 
-  // The first and the last block of threads that has a run of the present tile.
-  __device__ int first_owner() const { return owner(split_tile() * blocks_); }
-  __device__ int last_owner() const { return owner((split_tile() + 1) * blocks_ - 1); }
+  // The first and the last worker that has a run of the present tile.
+  __device__ int first_owner() const { return owner((set_ - whole_) * blocks_); }
+  __device__ int last_owner() const { return owner((set_ - whole_ + 1) * blocks_ - 1); }
 
  private:
-  // Where a block of threads begins in what is left, and the last one that begins at or before a place there.
-  __device__ int begin(int64_t owner) const { return runs_ ? owner * left_ / runs_ : 0; }
+  // Where a worker begins in what is left, and the last one that begins at or before a place there.
+  __device__ int begin(int64_t worker) const { return runs_ ? worker * left_ / runs_ : 0; }
   __device__ int owner(int64_t place) const { return ((place + 1) * runs_ - 1) / left_; }
 
-  int tiles_, blocks_, next_, whole_, left_, runs_, at_, stop_;
+  int sets_, blocks_, workers_, set_, next_, whole_, left_, runs_, at_, stop_;
 };
 
 // What a thread has of a block of its two rows: words as they lie, scales and zero points of the block's halves.
@@ -139,9 +143,9 @@ __device__ __forceinline__ void meet_workers() { asm volatile("bar.sync 1, %0;" 
 // Has tile after tile of the tokens brought, each when all blocks of the cluster have done with what lies in its place.
 template <int kTokens, int kCluster, bool kSplit>
 __device__ __forceinline__ void bring_tokens(const CUtensorMap* map, uint32_t ring, const uint64_t* full, const uint64_t* empty,
-                                             Work<kSplit> work, Tiles tiles) {
+                                             Work<kCluster, kSplit> work, Tiles tiles) {
   constexpr int kStageBytes = kTokens * kStepBytes, kShare = kTokens / kCluster;
-  const int rank = kCluster > 1 ? block_of_cluster() : 0;
+  const int rank = work.rank();
   int stage = 0, parity = 1;
   for (; !work.done(); work.advance()) {
     for (int step = work.first * (kBlock / kStep); step < work.end * (kBlock / kStep); ++step) {
@@ -157,14 +161,15 @@ __device__ __forceinline__ void bring_tokens(const CUtensorMap* map, uint32_t ri
 
 // Leaves the sums of a run for whoever comes last to the tile, or, if that is this block, adds those of all runs, in their order: the
 // same bits every time. Returns whether it was the last.
-template <int kTokens>
-__device__ __forceinline__ bool join_runs(float (&sums)[kTokens / 2], const Work<true>& work, Runs runs, int* arrived) {
+template <int kTokens, int kCluster>
+__device__ __forceinline__ bool join_runs(float (&sums)[kTokens / 2], const Work<kCluster, true>& work, Runs runs, int* arrived) {
   constexpr int kFours = kTokens / 8;
   const int first = work.first_owner(), count = work.last_owner() - first + 1;
-  const auto place = [&](int block) {  // a block's second place is for the run that a tile begins with
-    return runs.sums + static_cast<size_t>(2 * block + (block == first)) * kFours * kWorkers + threadIdx.x;
+  const auto place = [&](int worker) {  // a block's second place is for the run that a tile begins with
+    const int block = worker * kCluster + work.rank();
+    return runs.sums + static_cast<size_t>(2 * block + (worker == first)) * kFours * kWorkers + threadIdx.x;
   };
-  float4* const mine = place(blockIdx.x);
+  float4* const mine = place(blockIdx.x / kCluster);
 #pragma unroll
   for (int i = 0; i < kFours; ++i) {
     __stcg(mine + i * kWorkers, make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
@@ -258,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ int arrived;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = threadIdx.x / kGroupThreads;
   const int blocks = shape.row_bytes / (kBlock / 2), row_words = shape.row_bytes / 4;
-  Work<kSplit> work(tiles.all, blocks);
+  Work<kCluster, kSplit> work(tiles.all, blocks);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kDepth; ++i) {
       Barrier{shared_address(full + i)}.init(1);
@@ -304,6 +309,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       return fetched;
     };
+    const auto release = [&](int place) {
+      if (lane < kCluster) Barrier{shared_address(empty + place)}.arrive_at(lane);
+    };
     int stage = kSharedRows ? group : 0, parity = 0;
     take(work.tile);
     Fetched next = fetch(work.first);
@@ -313,6 +321,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       next = fetch(min(work.first + 1, work.end - 1));
       uint32_t left[2][4][4];  // of a step's four products, by turns: one is multiplied while the other is made
       here.decode(left[0], 0);
+      int before = -1;  // the stage of the step before
       for (int block = work.first; block < work.end; ++block) {
 #pragma unroll
         for (int i = 0; i < kBlock / kStep / kStride; ++i) {
@@ -322,6 +331,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
           for (int product = 0; product < 4; ++product) multiply<kTokens>(sums, left[i % 2][product], right + 2 * product);
           commit_products();
+          finish_products<1>();  // those of the step before: the tensor cores have these while the next ones are made
+          if (before >= 0) release(before);
+          before = stage;
           if (i + 1 < kBlock / kStep / kStride) {
             here.decode(left[(i + 1) % 2], i + 1);
           } else {  // what is made behind the last block is never multiplied
@@ -329,14 +341,14 @@ __global__ void __launch_bounds__(kThreads, 1)
             next = fetch(min(block + 2, work.end - 1));
             here.decode(left[(i + 1) % 2], 0);
           }
-          finish_products();
-          if (lane < kCluster) Barrier{shared_address(empty + stage)}.arrive_at(lane);
           stage += kStride;
           if (stage >= kDepth) stage -= kDepth, parity ^= 1;
         }
       }
+      finish_products<0>();
+      release(before);
       const float upper = bias ? to_float(bias[rows[0]]) : 0.0f, lower = bias ? to_float(bias[rows[1]]) : 0.0f;
-      const Work<kSplit> done = work;
+      const Work<kCluster, kSplit> done = work;
       work.advance();
       if (!work.done()) {  // on its way while the result is stored
         take(work.tile);
@@ -345,7 +357,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         let_next_kernel_start();
       }
       if constexpr (kSplit) {
-        if (!done.is_whole() && !join_runs<kTokens>(sums, done, runs, &arrived)) continue;
+        if (!done.is_whole() && !join_runs<kTokens, kCluster>(sums, done, runs, &arrived)) continue;
       }
       store_tile<kTokens, kSharedRows>(sums, result, upper, lower, row_of_tile, tiles.token(done.tile) * kTokens,
                                        tiles.row(done.tile) * kRows, out, shape);
@@ -419,6 +431,7 @@ int matmul_int4(const void* x, const void* codes, const void* scale, const int8_
   if (is(256, false, 1, false)) return run(launch<256, false, 1, false>);
   if (is(256, false, 1, true)) return run(launch<256, false, 1, true>);
   if (is(256, false, 2, false)) return run(launch<256, false, 2, false>);
+  if (is(256, false, 2, true)) return run(launch<256, false, 2, true>);
   return -1;
 }
 

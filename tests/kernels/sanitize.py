@@ -47,6 +47,7 @@ TILE_CUTS = [
         (128, 1, 1, 1),
         (128, 0, 1, 0),
         (256, 0, 2, 0),
+        (256, 0, 2, 1),
     )
 ]
 LEARNED = [(False, False, 0), (True, False, 0), (True, True, 0), (True, True, 2), (False, False, 16)]
