@@ -140,6 +140,16 @@ struct Halves {
 
 __device__ __forceinline__ void meet_workers() { asm volatile("bar.sync 1, %0;" ::"n"(kWorkers) : "memory"); }
 
+// Meets the warps that store a tile together: those of the group, or of both where they share rows.
+template <bool kSharedRows>
+__device__ __forceinline__ void meet_storers(int group) {
+  if constexpr (kSharedRows) {
+    meet_workers();
+  } else {
+    asm volatile("bar.sync %0, %1;" ::"r"(2 + group), "n"(kGroupThreads) : "memory");
+  }
+}
+
 // Has tile after tile of the tokens brought, each when all blocks of the cluster have done with what lies in its place.
 template <int kTokens, int kCluster, bool kSplit>
 __device__ __forceinline__ void bring_tokens(const CUtensorMap* map, uint32_t ring, const uint64_t* full, const uint64_t* empty,
@@ -194,14 +204,17 @@ __device__ __forceinline__ bool join_runs(float (&sums)[kTokens / 2], const Work
   return true;
 }
 
-// Adds the biases of the thread's rows to a tile, and the halves of groups that share rows; turns it over in `place`, of shared
-// memory, and stores it. `row_of_tile` is the first of the warp's 16 rows.
+// Bytes of shared memory in which results are turned over.
+template <int kTokens, bool kSharedRows>
+constexpr int kTurned = (kSharedRows ? 1 : 2) * kTokens * (kGroupRows + kPad) * static_cast<int>(sizeof(__nv_bfloat16));
+
+// Adds the biases of the thread's rows to its group's share of a tile, and the halves of groups that share rows; turns it over in
+// `place`, of shared memory, and stores it. `first_row` is the first of the group's rows.
 template <int kTokens, bool kSharedRows>
 __device__ __forceinline__ void store_tile(float (&sums)[kTokens / 2], char* place, float upper_bias, float lower_bias,
-                                           int row_of_tile, int first_token, int first_row, __nv_bfloat16* out,
-                                           const TileShape& shape) {
-  constexpr int kRows = kSharedRows ? kGroupRows : 2 * kGroupRows, kPitch = kRows + kPad, kChunks = kRows / 8;
-  const int lane = threadIdx.x % kWarp, group = threadIdx.x / kGroupThreads;
+                                           int first_token, int first_row, __nv_bfloat16* out, const TileShape& shape) {
+  constexpr int kPitch = kGroupRows + kPad, kChunks = kGroupRows / 8, kStorers = kSharedRows ? kWorkers : kGroupThreads;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x % kGroupThreads / kWarp, group = threadIdx.x / kGroupThreads;
   if constexpr (kSharedRows) {
     float* halves = reinterpret_cast<float*>(place) + threadIdx.x % kGroupThreads;
     if (group == 1) {
@@ -215,7 +228,7 @@ __device__ __forceinline__ void store_tile(float (&sums)[kTokens / 2], char* pla
     }
     meet_workers();
   }
-  __nv_bfloat16* const turned = reinterpret_cast<__nv_bfloat16*>(place);  // [kTokens][kRows]
+  __nv_bfloat16* const turned = reinterpret_cast<__nv_bfloat16*>(place) + (kSharedRows ? 0 : group * kTokens * kPitch);
   if (!kSharedRows || group == 0) {
 #pragma unroll
     for (int i = 0; i < kTokens / 16; ++i) {  // 16 tokens of 16 rows
@@ -228,13 +241,13 @@ __device__ __forceinline__ void store_tile(float (&sums)[kTokens / 2], char* pla
       }
       const int token = 16 * i + lane / 16 * 8 + lane % 8;
       asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                       shared_address(turned + token * kPitch + row_of_tile + lane / 8 % 2 * 8)),
+                       shared_address(turned + token * kPitch + warp * 16 + lane / 8 % 2 * 8)),
                    "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
                    : "memory");
     }
   }
-  meet_workers();
-  for (int i = threadIdx.x; i < kTokens * kChunks; i += kWorkers) {
+  meet_storers<kSharedRows>(group);
+  for (int i = threadIdx.x % kStorers; i < kTokens * kChunks; i += kStorers) {
     const int token = first_token + i / kChunks, row = first_row + i % kChunks * 8;
     if (token >= shape.tokens || row >= shape.rows) continue;
     const __nv_bfloat16* from = turned + i / kChunks * kPitch + i % kChunks * 8;
@@ -245,7 +258,7 @@ __device__ __forceinline__ void store_tile(float (&sums)[kTokens / 2], char* pla
       for (int j = 0; j < min(8, shape.rows - row); ++j) to[j] = from[j];
     }
   }
-  meet_workers();  // the place is free again
+  meet_storers<kSharedRows>(group);  // the place is free again
 }
 
 template <int kTokens, bool kSharedRows, int kCluster, bool kSplit, bool kSymmetric>
@@ -287,11 +300,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int g = lane / 4, t = lane % 4;
-    const int row_of_tile = (kSharedRows ? 0 : group * kGroupRows) + warp % 4 * 16;
+    const int group_row = kSharedRows ? 0 : group * kGroupRows;  // of the tile
     int rows[2];
     const auto take = [&](int tile) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) rows[r] = min(tiles.row(tile) * kRows + row_of_tile + g + 8 * r, shape.rows - 1);
+      for (int r = 0; r < 2; ++r) rows[r] = min(tiles.row(tile) * kRows + group_row + warp % 4 * 16 + g + 8 * r, shape.rows - 1);
     };
     const auto fetch = [&](int block) {
       Fetched fetched;
@@ -359,8 +372,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       if constexpr (kSplit) {
         if (!done.is_whole() && !join_runs<kTokens, kCluster>(sums, done, runs, &arrived)) continue;
       }
-      store_tile<kTokens, kSharedRows>(sums, result, upper, lower, row_of_tile, tiles.token(done.tile) * kTokens,
-                                       tiles.row(done.tile) * kRows, out, shape);
+      store_tile<kTokens, kSharedRows>(sums, result, upper, lower, tiles.token(done.tile) * kTokens,
+                                       tiles.row(done.tile) * kRows + group_row, out, shape);
     }
   }
   if constexpr (kCluster > 1) meet_cluster();  // no block leaves while another still arrives at its barriers
@@ -394,7 +407,7 @@ int launch(const void* x, const void* codes, const void* scale, const int8_t* ze
     return static_cast<int>(cudaErrorInvalidValue);
   }
   constexpr int kRows = kSharedRows ? kGroupRows : 2 * kGroupRows;
-  constexpr int kRing = kStages<kTokens> * kTokens * kStepBytes, kResult = kTokens * (kRows + kPad) * 2;
+  constexpr int kRing = kStages<kTokens> * kTokens * kStepBytes, kResult = kTurned<kTokens, kSharedRows>;
   constexpr int kHalves = kSharedRows ? kGroupRows * kTokens * 4 : 0, kAlignment = 1024;
   int group_shift = 0;
   while (128 << group_shift < shape.columns / shape.groups) ++group_shift;
