@@ -20,15 +20,16 @@ KEYS, TILE_KEYS = (
 )
 HELD_KEYS = {key: arguments for key, arguments in KEYS.items() if not key.endswith("-long")}
 TILES = (
-    *((64, 1, 1, 0), (128, 1, 1, 0), (128, 1, 2, 0), (128, 0, 1, 0), (256, 0, 1, 0), (256, 0, 2, 0)),
-    *((128, 1, 1, 1), (128, 0, 1, 1), (256, 0, 1, 1), (256, 0, 2, 1)),
+    *((64, 64, 1, 0), (128, 64, 1, 0), (128, 64, 1, 1), (128, 64, 2, 0), (128, 128, 1, 0), (128, 128, 1, 1)),
+    *((128, 192, 1, 0), (128, 192, 1, 1), (128, 192, 2, 0)),
+    *((256, 128, 1, 0), (256, 128, 1, 1), (256, 128, 2, 0), (256, 128, 2, 1)),
 )
 
 
 def tile_candidates(key: str) -> list[Choice]:
     """Return every tile that was compiled and that the tokens fill at least by half."""
     tokens = int(key.partition("-")[0][1:])
-    names = ("TOKENS", "SHARED_ROWS", "CLUSTER", "SPLIT")
+    names = ("TOKENS", "ROWS", "CLUSTER", "SPLIT")
     return [dict(zip(names, cut, strict=True)) for cut in TILES if cut[0] <= 2 * tokens]
 
 

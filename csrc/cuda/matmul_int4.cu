@@ -1,5 +1,5 @@
-// 4-bit weights times bfloat16 tokens: two warp groups turn words into fragments of the tensor cores' left operand, in registers,
-// while each other's products run; a third has the tokens brought to shared memory ahead of them.
+// 4-bit weights times bfloat16 tokens: two or three warp groups turn words into fragments of the tensor cores' left operand, in
+// registers, while products run; another has the tokens brought to shared memory ahead of them.
 //
 // A step is 64 columns: two planes of a block of 256 (layouts.py). Thread (g, t) of a warp, g = lane / 4, t = lane % 4, holds of
 // rows g and g + 8 the word pairs (2t, 2t + 1) + 8j, whose nibbles are just the columns that fragments of 16 columns want of it.
@@ -13,15 +13,28 @@
 namespace qrealign {
 namespace {
 
-constexpr int kGroupThreads = 128, kWorkers = 2 * kGroupThreads, kThreads = 3 * kGroupThreads;
+constexpr int kGroupThreads = 128;
 constexpr int kStep = 64, kStepBytes = 2 * kStep, kBlock = 256;  // columns, bytes of a token's, columns
 constexpr int kGroupRows = 64;                                   // of a warp group's product
 constexpr int kPad = 8;                                          // elements between rows of the result, against bank conflicts
-constexpr float kPlanted = 128.0f;  // a nibble behind its leading bit
+constexpr float kPlanted = 128.0f;                               // a nibble behind its leading bit
 constexpr int kNoShift = 30;                                     // puts every half of a block into group 0
 
-template <int kTokens>
-constexpr int kStages = kTokens == 256 ? 4 : 8;
+// How a product is cut: tiles of kRows of the weight by kTokens. A group has 64 rows; where two share them, each has half of the steps.
+template <int kTokens_, int kRows_, int kCluster_, bool kSplit_>
+struct Cut {
+  static constexpr int kTokens = kTokens_, kRows = kRows_, kCluster = kCluster_;
+  static constexpr bool kSplit = kSplit_, kSharedRows = kRows == kGroupRows;
+  static constexpr int kGroups = kSharedRows ? 2 : kRows / kGroupRows, kWorkers = kGroups * kGroupThreads;
+  static constexpr int kThreads = kWorkers + kGroupThreads;
+  static constexpr int kSums = kTokens / 2;            // of a thread
+  static constexpr int kStride = kSharedRows ? 2 : 1;  // steps from a group's one to its next
+  static constexpr int kStages = kTokens == 256 ? 4 : 8, kStageBytes = kTokens * kStepBytes;
+  static constexpr int kWorkerRegisters = kGroups == 3 ? 160 : 232, kBringerRegisters = kGroups == 3 ? 32 : 40;
+  // Bytes of shared memory in which results are turned over, and in which halves of sums meet.
+  static constexpr int kTurned = kRows / kGroupRows * kTokens * (kGroupRows + kPad) * static_cast<int>(sizeof(__nv_bfloat16));
+  static constexpr int kHalves = kSharedRows ? kGroupRows * kTokens * static_cast<int>(sizeof(float)) : 0;
+};
 
 // The tiles of a product, one row of tiles after the other.
 struct Tiles {
@@ -34,15 +47,18 @@ struct Tiles {
 
 // Where blocks that split a tile leave their sums, and how many of them have.
 struct Runs {
-  float4* sums;   // [block][2 places][kTokens / 8][kWorkers]
+  float4* sums;   // [block][2 places][kSums / 4][kWorkers]
   int* arrivals;  // [split tiles], zero before and after
 };
 
-// A run of a tile's blocks of 256 columns, and what comes after it. Workers are clusters of blocks, whose blocks have neighbouring tiles
-// and the same columns. A worker takes every n-th set of tiles; with kSplit, what is left for fewer than all workers is cut into as many
-// runs of like length: the end of one tile and the beginning of the next.
-template <int kCluster, bool kSplit>
+// A run of a tile's blocks of 256 columns, and what comes after it. A worker is a cluster, whose blocks have neighbouring tiles, a set,
+// and the same columns. Of n workers each takes every n-th set; with kSplit, the sets that are left for fewer than n are cut into n runs
+// of like length: the end of one set and the beginning of the next.
+template <class Cut>
 class Work {
+  static constexpr int kCluster = Cut::kCluster;
+  static constexpr bool kSplit = Cut::kSplit;
+
  public:
   int tile, first, end;  // the present run, of this block of threads
 
@@ -138,23 +154,26 @@ struct Halves {
   }
 };
 
-__device__ __forceinline__ void meet_workers() { asm volatile("bar.sync 1, %0;" ::"n"(kWorkers) : "memory"); }
+template <class Cut>
+__device__ __forceinline__ void meet_workers() {
+  asm volatile("bar.sync 1, %0;" ::"n"(Cut::kWorkers) : "memory");
+}
 
-// Meets the warps that store a tile together: those of the group, or of both where they share rows.
-template <bool kSharedRows>
+// Meets the warps that store rows together: those of the group, or of both where they share rows.
+template <class Cut>
 __device__ __forceinline__ void meet_storers(int group) {
-  if constexpr (kSharedRows) {
-    meet_workers();
+  if constexpr (Cut::kSharedRows) {
+    meet_workers<Cut>();
   } else {
     asm volatile("bar.sync %0, %1;" ::"r"(2 + group), "n"(kGroupThreads) : "memory");
   }
 }
 
 // Has tile after tile of the tokens brought, each when all blocks of the cluster have done with what lies in its place.
-template <int kTokens, int kCluster, bool kSplit>
+template <class Cut>
 __device__ __forceinline__ void bring_tokens(const CUtensorMap* map, uint32_t ring, const uint64_t* full, const uint64_t* empty,
-                                             Work<kCluster, kSplit> work, Tiles tiles) {
-  constexpr int kStageBytes = kTokens * kStepBytes, kShare = kTokens / kCluster;
+                                             Work<Cut> work, Tiles tiles) {
+  constexpr int kStageBytes = Cut::kStageBytes, kCluster = Cut::kCluster, kShare = Cut::kTokens / kCluster;
   const int rank = work.rank();
   int stage = 0, parity = 1;
   for (; !work.done(); work.advance()) {
@@ -163,17 +182,17 @@ __device__ __forceinline__ void bring_tokens(const CUtensorMap* map, uint32_t ri
       Barrier{shared_address(empty + stage)}.wait(parity);
       here.expect(kStageBytes);
       copy_tile<kCluster>(ring + stage * kStageBytes + rank * (kStageBytes / kCluster), map, here, step * kStep,
-                          tiles.token(work.tile) * kTokens + rank * kShare);
-      if (++stage == kStages<kTokens>) stage = 0, parity ^= 1;
+                          tiles.token(work.tile) * Cut::kTokens + rank * kShare);
+      if (++stage == Cut::kStages) stage = 0, parity ^= 1;
     }
   }
 }
 
 // Leaves the sums of a run for whoever comes last to the tile, or, if that is this block, adds those of all runs, in their order: the
 // same bits every time. Returns whether it was the last.
-template <int kTokens, int kCluster>
-__device__ __forceinline__ bool join_runs(float (&sums)[kTokens / 2], const Work<kCluster, true>& work, Runs runs, int* arrived) {
-  constexpr int kFours = kTokens / 8;
+template <class Cut>
+__device__ __forceinline__ bool join_runs(float (&sums)[Cut::kSums], const Work<Cut>& work, Runs runs, int* arrived) {
+  constexpr int kFours = Cut::kSums / 4, kWorkers = Cut::kWorkers, kCluster = Cut::kCluster;
   const int first = work.first_owner(), count = work.last_owner() - first + 1;
   const auto place = [&](int worker) {  // a block's second place is for the run that a tile begins with
     const int block = worker * kCluster + work.rank();
@@ -185,14 +204,14 @@ __device__ __forceinline__ bool join_runs(float (&sums)[kTokens / 2], const Work
     __stcg(mine + i * kWorkers, make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
   }
   __threadfence();
-  meet_workers();
+  meet_workers<Cut>();
   if (threadIdx.x == 0) *arrived = atomicAdd(runs.arrivals + work.split_tile(), 1);
-  meet_workers();
+  meet_workers<Cut>();
   if (*arrived != count - 1) return false;
   __threadfence();
   if (threadIdx.x == 0) runs.arrivals[work.split_tile()] = 0;
 #pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.0f;
+  for (int i = 0; i < Cut::kSums; ++i) sums[i] = 0.0f;
   for (int run = 0; run < count; ++run) {
     const float4* from = place(first + run);
 #pragma unroll
@@ -204,29 +223,27 @@ __device__ __forceinline__ bool join_runs(float (&sums)[kTokens / 2], const Work
   return true;
 }
 
-// Bytes of shared memory in which results are turned over.
-template <int kTokens, bool kSharedRows>
-constexpr int kTurned = (kSharedRows ? 1 : 2) * kTokens * (kGroupRows + kPad) * static_cast<int>(sizeof(__nv_bfloat16));
-
 // Adds the biases of the thread's rows to its group's share of a tile, and the halves of groups that share rows; turns it over in
 // `place`, of shared memory, and stores it. `first_row` is the first of the group's rows.
-template <int kTokens, bool kSharedRows>
-__device__ __forceinline__ void store_tile(float (&sums)[kTokens / 2], char* place, float upper_bias, float lower_bias,
+template <class Cut>
+__device__ __forceinline__ void store_tile(float (&sums)[Cut::kSums], char* place, float upper_bias, float lower_bias,
                                            int first_token, int first_row, __nv_bfloat16* out, const TileShape& shape) {
-  constexpr int kPitch = kGroupRows + kPad, kChunks = kGroupRows / 8, kStorers = kSharedRows ? kWorkers : kGroupThreads;
+  constexpr bool kSharedRows = Cut::kSharedRows;
+  constexpr int kTokens = Cut::kTokens, kPitch = kGroupRows + kPad, kChunks = kGroupRows / 8;
+  constexpr int kStorers = kSharedRows ? Cut::kWorkers : kGroupThreads;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x % kGroupThreads / kWarp, group = threadIdx.x / kGroupThreads;
   if constexpr (kSharedRows) {
     float* halves = reinterpret_cast<float*>(place) + threadIdx.x % kGroupThreads;
     if (group == 1) {
 #pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) halves[i * kGroupThreads] = sums[i];
+      for (int i = 0; i < Cut::kSums; ++i) halves[i * kGroupThreads] = sums[i];
     }
-    meet_workers();
+    meet_workers<Cut>();
     if (group == 0) {
 #pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) sums[i] += halves[i * kGroupThreads];
+      for (int i = 0; i < Cut::kSums; ++i) sums[i] += halves[i * kGroupThreads];
     }
-    meet_workers();
+    meet_workers<Cut>();
   }
   __nv_bfloat16* const turned = reinterpret_cast<__nv_bfloat16*>(place) + (kSharedRows ? 0 : group * kTokens * kPitch);
   if (!kSharedRows || group == 0) {
@@ -246,7 +263,7 @@ __device__ __forceinline__ void store_tile(float (&sums)[kTokens / 2], char* pla
                    : "memory");
     }
   }
-  meet_storers<kSharedRows>(group);
+  meet_storers<Cut>(group);
   for (int i = threadIdx.x % kStorers; i < kTokens * kChunks; i += kStorers) {
     const int token = first_token + i / kChunks, row = first_row + i % kChunks * 8;
     if (token >= shape.tokens || row >= shape.rows) continue;
@@ -258,17 +275,18 @@ __device__ __forceinline__ void store_tile(float (&sums)[kTokens / 2], char* pla
       for (int j = 0; j < min(8, shape.rows - row); ++j) to[j] = from[j];
     }
   }
-  meet_storers<kSharedRows>(group);  // the place is free again
+  meet_storers<Cut>(group);  // the place is free again
 }
 
-template <int kTokens, bool kSharedRows, int kCluster, bool kSplit, bool kSymmetric>
-__global__ void __launch_bounds__(kThreads, 1)
+template <class Cut, bool kSymmetric>
+__global__ void __launch_bounds__(Cut::kThreads, 1)
     matmul_int4_kernel(const __grid_constant__ CUtensorMap x_map, const uint32_t* codes, const __nv_bfloat16* scale,
                        const int8_t* zero_point, const __nv_bfloat16* bias, __nv_bfloat16* out, TileShape shape, int group_shift,
                        Tiles tiles, Runs runs) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  constexpr int kRows = kSharedRows ? kGroupRows : 2 * kGroupRows, kDepth = kStages<kTokens>, kStride = kSharedRows ? 2 : 1;
-  constexpr int kStageBytes = kTokens * kStepBytes;
+  constexpr bool kSharedRows = Cut::kSharedRows;
+  constexpr int kTokens = Cut::kTokens, kCluster = Cut::kCluster, kDepth = Cut::kStages, kStride = Cut::kStride;
+  constexpr int kStageBytes = Cut::kStageBytes;
   extern __shared__ char shared[];
   char* const ring = shared + (-shared_address(shared) & 1023);
   char* const result = ring + kDepth * kStageBytes;
@@ -276,11 +294,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ int arrived;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = threadIdx.x / kGroupThreads;
   const int blocks = shape.row_bytes / (kBlock / 2), row_words = shape.row_bytes / 4;
-  Work<kCluster, kSplit> work(tiles.all, blocks);
+  Work<Cut> work(tiles.all, blocks);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kDepth; ++i) {
       Barrier{shared_address(full + i)}.init(1);
-      Barrier{shared_address(empty + i)}.init(kCluster * kWorkers / kWarp / kStride);
+      Barrier{shared_address(empty + i)}.init(kCluster * Cut::kWorkers / kWarp / kStride);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -290,21 +308,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
   }
 
-  if (group == 2) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+  if (group == Cut::kGroups) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Cut::kBringerRegisters));
     wait_for_kernels_before();
-    if (threadIdx.x == kWorkers) {
-      bring_tokens<kTokens, kCluster, kSplit>(&x_map, shared_address(ring), full, empty, work, tiles);
+    if (threadIdx.x == Cut::kWorkers) {
+      bring_tokens<Cut>(&x_map, shared_address(ring), full, empty, work, tiles);
     }
     __syncwarp();
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Cut::kWorkerRegisters));
     const int g = lane / 4, t = lane % 4;
     const int group_row = kSharedRows ? 0 : group * kGroupRows;  // of the tile
     int rows[2];
     const auto take = [&](int tile) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) rows[r] = min(tiles.row(tile) * kRows + group_row + warp % 4 * 16 + g + 8 * r, shape.rows - 1);
+      for (int r = 0; r < 2; ++r) rows[r] = min(tiles.row(tile) * Cut::kRows + group_row + warp % 4 * 16 + g + 8 * r, shape.rows - 1);
     };
     const auto fetch = [&](int block) {
       Fetched fetched;
@@ -329,7 +347,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     take(work.tile);
     Fetched next = fetch(work.first);
     while (!work.done()) {
-      float sums[kTokens / 2] = {};
+      float sums[Cut::kSums] = {};
       Halves<kSharedRows> here(next, group);
       next = fetch(min(work.first + 1, work.end - 1));
       uint32_t left[2][4][4];  // of a step's four products, by turns: one is multiplied while the other is made
@@ -361,7 +379,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       finish_products<0>();
       release(before);
       const float upper = bias ? to_float(bias[rows[0]]) : 0.0f, lower = bias ? to_float(bias[rows[1]]) : 0.0f;
-      const Work<kCluster, kSplit> done = work;
+      const Work<Cut> done = work;
       work.advance();
       if (!work.done()) {  // on its way while the result is stored
         take(work.tile);
@@ -369,11 +387,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       } else {
         let_next_kernel_start();
       }
-      if constexpr (kSplit) {
-        if (!done.is_whole() && !join_runs<kTokens, kCluster>(sums, done, runs, &arrived)) continue;
+      if constexpr (Cut::kSplit) {
+        if (!done.is_whole() && !join_runs<Cut>(sums, done, runs, &arrived)) continue;
       }
-      store_tile<kTokens, kSharedRows>(sums, result, upper, lower, tiles.token(done.tile) * kTokens,
-                                       tiles.row(done.tile) * kRows + group_row, out, shape);
+      store_tile<Cut>(sums, result, upper, lower, tiles.token(done.tile) * kTokens, tiles.row(done.tile) * Cut::kRows + group_row,
+                      out, shape);
     }
   }
   if constexpr (kCluster > 1) meet_cluster();  // no block leaves while another still arrives at its barriers
@@ -392,7 +410,7 @@ EncodeTiled find_encoder() {
   return code == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(found) : nullptr;
 }
 
-template <int kTokens, bool kSharedRows, int kCluster, bool kSplit>
+template <class Cut>
 int launch(const void* x, const void* codes, const void* scale, const int8_t* zero_point, const void* bias, void* out,
            TileShape shape, Runs runs, void* stream) {
   static const EncodeTiled encode = find_encoder();
@@ -400,25 +418,23 @@ int launch(const void* x, const void* codes, const void* scale, const int8_t* ze
   CUtensorMap map;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(shape.columns), static_cast<cuuint64_t>(shape.tokens)};
   const cuuint64_t strides[] = {2 * sizes[0]};
-  const cuuint32_t box[] = {kStep, kTokens / kCluster}, steps[] = {1, 1};
+  const cuuint32_t box[] = {kStep, Cut::kTokens / Cut::kCluster}, steps[] = {1, 1};
   if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(x), sizes, strides, box, steps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
     return static_cast<int>(cudaErrorInvalidValue);
   }
-  constexpr int kRows = kSharedRows ? kGroupRows : 2 * kGroupRows;
-  constexpr int kRing = kStages<kTokens> * kTokens * kStepBytes, kResult = kTurned<kTokens, kSharedRows>;
-  constexpr int kHalves = kSharedRows ? kGroupRows * kTokens * 4 : 0, kAlignment = 1024;
+  constexpr int kTokens = Cut::kTokens, kRows = Cut::kRows, kCluster = Cut::kCluster, kAlignment = 1024;
   int group_shift = 0;
   while (128 << group_shift < shape.columns / shape.groups) ++group_shift;
   if (shape.groups == 1) group_shift = kNoShift;
   const int row_tiles = ((shape.rows + kRows - 1) / kRows + kCluster - 1) / kCluster * kCluster;
   const Tiles tiles = {row_tiles, row_tiles * ((shape.tokens + kTokens - 1) / kTokens)};
-  const auto kernel = zero_point ? matmul_int4_kernel<kTokens, kSharedRows, kCluster, kSplit, false>
-                                 : matmul_int4_kernel<kTokens, kSharedRows, kCluster, kSplit, true>;
+  const auto kernel = zero_point ? matmul_int4_kernel<Cut, false> : matmul_int4_kernel<Cut, true>;
   const int most = multiprocessors() / kCluster * kCluster;
-  const dim3 blocks(kSplit ? most : std::min(tiles.all, most));
-  const Layout layout = {blocks, dim3(kThreads), kRing + std::max(kResult, kHalves) + kAlignment, true, kCluster};
+  const dim3 blocks(Cut::kSplit ? most : std::min(tiles.all, most));
+  const int bytes = Cut::kStages * Cut::kStageBytes + std::max(Cut::kTurned, Cut::kHalves) + kAlignment;
+  const Layout layout = {blocks, dim3(Cut::kThreads), bytes, true, kCluster};
   return launch_kernel(kernel, layout, stream, map, static_cast<const uint32_t*>(codes), static_cast<const __nv_bfloat16*>(scale),
                        zero_point, static_cast<const __nv_bfloat16*>(bias), static_cast<__nv_bfloat16*>(out), shape, group_shift,
                        tiles, runs);
@@ -428,24 +444,25 @@ int launch(const void* x, const void* codes, const void* scale, const int8_t* ze
 
 int matmul_int4(const void* x, const void* codes, const void* scale, const int8_t* zero_point, const void* bias, void* out,
                 TileShape shape, TileLaunch cut, float* sums, int* arrivals, void* stream) {
-  const bool split = sums != nullptr;
-  const auto is = [&](int tokens, bool shared_rows, int cluster, bool splits) {
-    return cut.tokens == tokens && cut.shared_rows == shared_rows && cut.cluster == cluster && split == splits;
+  int code = -1;
+  const auto launch_if_asked = [&](auto one) {
+    if (cut.tokens != one.kTokens || cut.rows != one.kRows || cut.cluster != one.kCluster || one.kSplit != (sums != nullptr)) return;
+    code = launch<decltype(one)>(x, codes, scale, zero_point, bias, out, shape, {reinterpret_cast<float4*>(sums), arrivals}, stream);
   };
-  const auto run = [&](auto launch) {
-    return launch(x, codes, scale, zero_point, bias, out, shape, {reinterpret_cast<float4*>(sums), arrivals}, stream);
-  };
-  if (is(64, true, 1, false)) return run(launch<64, true, 1, false>);
-  if (is(128, true, 1, false)) return run(launch<128, true, 1, false>);
-  if (is(128, true, 1, true)) return run(launch<128, true, 1, true>);
-  if (is(128, true, 2, false)) return run(launch<128, true, 2, false>);
-  if (is(128, false, 1, false)) return run(launch<128, false, 1, false>);
-  if (is(128, false, 1, true)) return run(launch<128, false, 1, true>);
-  if (is(256, false, 1, false)) return run(launch<256, false, 1, false>);
-  if (is(256, false, 1, true)) return run(launch<256, false, 1, true>);
-  if (is(256, false, 2, false)) return run(launch<256, false, 2, false>);
-  if (is(256, false, 2, true)) return run(launch<256, false, 2, true>);
-  return -1;
+  launch_if_asked(Cut<64, 64, 1, false>());
+  launch_if_asked(Cut<128, 64, 1, false>());
+  launch_if_asked(Cut<128, 64, 1, true>());
+  launch_if_asked(Cut<128, 64, 2, false>());
+  launch_if_asked(Cut<128, 128, 1, false>());
+  launch_if_asked(Cut<128, 128, 1, true>());
+  launch_if_asked(Cut<128, 192, 1, false>());
+  launch_if_asked(Cut<128, 192, 1, true>());
+  launch_if_asked(Cut<128, 192, 2, false>());
+  launch_if_asked(Cut<256, 128, 1, false>());
+  launch_if_asked(Cut<256, 128, 1, true>());
+  launch_if_asked(Cut<256, 128, 2, false>());
+  launch_if_asked(Cut<256, 128, 2, true>());
+  return code;
 }
 
 }  // namespace qrealign

@@ -40,14 +40,15 @@ TOKENS = (1, 3, 19)
 MANY = {"linear_routes": {"INT8_FEW": 0, "INT4_FEW": 0}}  # the way of many tokens, at few
 DECODE_CUTS = [{"WARPS": warps, "ROW_TILES": tiles, "STAGES": 2} for warps, tiles in ((4, 1), (8, 2))]
 TILE_CUTS = [
-    {"TOKENS": tokens, "SHARED_ROWS": shared, "CLUSTER": cluster, "SPLIT": split}
-    for tokens, shared, cluster, split in (
-        (64, 1, 1, 0),
-        (128, 1, 2, 0),
-        (128, 1, 1, 1),
-        (128, 0, 1, 0),
-        (256, 0, 2, 0),
-        (256, 0, 2, 1),
+    {"TOKENS": tokens, "ROWS": rows, "CLUSTER": cluster, "SPLIT": split}
+    for tokens, rows, cluster, split in (
+        (64, 64, 1, 0),
+        (128, 64, 2, 0),
+        (128, 64, 1, 1),
+        (128, 128, 1, 0),
+        (128, 192, 1, 1),
+        (256, 128, 2, 0),
+        (256, 128, 2, 1),
     )
 ]
 LEARNED = [(False, False, 0), (True, False, 0), (True, True, 0), (True, True, 2), (False, False, 16)]
