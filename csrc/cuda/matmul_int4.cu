@@ -458,6 +458,7 @@ int matmul_int4(const void* x, const void* codes, const void* scale, const int8_
   launch_if_asked(Cut<128, 192, 1, false>());
   launch_if_asked(Cut<128, 192, 1, true>());
   launch_if_asked(Cut<128, 192, 2, false>());
+  launch_if_asked(Cut<128, 192, 2, true>());
   launch_if_asked(Cut<256, 128, 1, false>());
   launch_if_asked(Cut<256, 128, 1, true>());
   launch_if_asked(Cut<256, 128, 2, false>());
