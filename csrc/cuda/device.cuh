@@ -131,9 +131,9 @@ __device__ const Sum* sum_over_warps(const Sum (&sums)[kRowTiles][kTokenTiles][4
   return all;
 }
 
-// Adds the warps' sums of one of the tiles that a block walks over, in their order, and lets `store` have each total: of a row of the
-// weight from the tile's on, and a token. `all` are [2][warps][tokens of the tile][kPitch]: two places by turns, so that one barrier a tile
-// keeps a warp from writing where another still reads.
+// Adds the warps' sums of one of the tiles that a block walks over, in their order, and lets `store` have each total with its row of the
+// weight and its token. `all` are [2][warps][tokens of the tile][kPitch]: two places by turns, so that one barrier a tile keeps a warp
+// from writing where another still reads.
 template <typename Sum, int kTokenTiles, typename Store>
 __device__ __forceinline__ void add_over_warps(const Sum (&sums)[kTokenTiles][4], Sum* all, int& turn, int tile,
                                                const DecodeShape& shape, Store store) {
