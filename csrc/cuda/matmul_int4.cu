@@ -115,7 +115,52 @@ struct Fetched {
   int zero_point[2][2] = {};
 };
 
-// The same, ready to be decoded: pairs of half words, and what is subtracted from and multiplied to their weights. Lower half words
+// The weight, and a thread's two rows of the present tile.
+template <class Cut, bool kSymmetric>
+class WeightRows {
+ public:
+  __device__ WeightRows(const uint32_t* codes, const __nv_bfloat16* scale, const int8_t* zero_point, const TileShape& shape,
+                        int group_shift)
+      : codes_(codes), scale_(scale), zero_point_(zero_point), shape_(shape), group_shift_(group_shift) {}
+
+  // `first` of the tile; rows behind the last one are read as that one.
+  __device__ __forceinline__ void take(int first) {
+    const int group = threadIdx.x / kGroupThreads, lane = threadIdx.x % kWarp;
+    const int of_group = Cut::kSharedRows ? 0 : group * kGroupRows, of_warp = threadIdx.x / kWarp % 4 * 16;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) rows_[r] = min(first + of_group + of_warp + lane / 4 + 8 * r, shape_.rows - 1);
+  }
+
+  __device__ __forceinline__ Fetched fetch(int block) const {
+    const int t = threadIdx.x % 4;
+    Fetched fetched;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t* from = codes_ + static_cast<size_t>(rows_[r]) * (shape_.row_bytes / 4) + block * (kBlock / 8) + 2 * t;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) fetched.words[r][j] = __ldg(reinterpret_cast<const uint2*>(from + 8 * j));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const size_t at = static_cast<size_t>(rows_[r]) * shape_.groups + min(2 * block + half >> group_shift_, shape_.groups - 1);
+        fetched.scale[r][half] = scale_[at];
+        if (!kSymmetric) fetched.zero_point[r][half] = zero_point_[at];
+      }
+    }
+    return fetched;
+  }
+
+  __device__ float bias(const __nv_bfloat16* biases, int r) const { return biases ? to_float(biases[rows_[r]]) : 0.0f; }
+
+ private:
+  const uint32_t* codes_;
+  const __nv_bfloat16* scale_;
+  const int8_t* zero_point_;
+  const TileShape& shape_;
+  int group_shift_;
+  int rows_[2];
+};
+
+// What was fetched, ready to be decoded: pairs of half words, and what is subtracted from and multiplied to their weights. Lower half words
 // hold planes 0, 1, 4 and 5, upper ones 2, 3, 6 and 7; where two warp groups share rows, each takes one kind.
 template <bool kSharedRows>
 struct Halves {
@@ -278,27 +323,93 @@ __device__ __forceinline__ void store_tile(float (&sums)[Cut::kSums], char* plac
   meet_storers<Cut>(group);  // the place is free again
 }
 
+// What a block shares: places for tiles of tokens, whether they are full or empty, and a place to turn results over.
+struct Shared {
+  uint32_t ring;
+  uint64_t *full, *empty;
+  char* result;
+  int* arrived;
+};
+
+// Multiplies tile after tile, by the two or three groups that work.
+template <class Cut, bool kSymmetric>
+__device__ __forceinline__ void multiply_tiles(WeightRows<Cut, kSymmetric> weight, const __nv_bfloat16* bias, __nv_bfloat16* out,
+                                               const TileShape& shape, Work<Cut> work, Tiles tiles, Runs runs, Shared shared) {
+  constexpr bool kSharedRows = Cut::kSharedRows;
+  constexpr int kTokens = Cut::kTokens, kStride = Cut::kStride, kSteps = kBlock / kStep / kStride;  // of a group, in a block
+  const int lane = threadIdx.x % kWarp, group = threadIdx.x / kGroupThreads;
+  const auto release = [&](int stage) {
+    if (lane < Cut::kCluster) Barrier{shared_address(shared.empty + stage)}.arrive_at(lane);
+  };
+  int stage = kSharedRows ? group : 0, parity = 0;
+  weight.take(tiles.row(work.tile) * Cut::kRows);
+  Fetched next = weight.fetch(work.first);
+  while (!work.done()) {
+    float sums[Cut::kSums] = {};
+    Halves<kSharedRows> here(next, group);
+    next = weight.fetch(min(work.first + 1, work.end - 1));
+    uint32_t left[2][4][4];  // of a step's four products, by turns: one is multiplied while the other is made
+    here.decode(left[0], 0);
+    int before = -1;  // the stage of the step before
+    for (int block = work.first; block < work.end; ++block) {
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        Barrier{shared_address(shared.full + stage)}.wait(parity);
+        begin_products();
+        const uint64_t right = tile_descriptor(shared.ring + stage * Cut::kStageBytes);
+#pragma unroll
+        for (int product = 0; product < 4; ++product) multiply<kTokens>(sums, left[i % 2][product], right + 2 * product);
+        commit_products();
+        finish_products<1>();  // those of the step before: the tensor cores have these while the next ones are made
+        if (before >= 0) release(before);
+        before = stage;
+        if (i + 1 < kSteps) {
+          here.decode(left[(i + 1) % 2], i + 1);
+        } else {  // what is made behind the last block is never multiplied
+          here = Halves<kSharedRows>(next, group);
+          next = weight.fetch(min(block + 2, work.end - 1));
+          here.decode(left[(i + 1) % 2], 0);
+        }
+        stage += kStride;
+        if (stage >= Cut::kStages) stage -= Cut::kStages, parity ^= 1;
+      }
+    }
+    finish_products<0>();
+    release(before);
+    const float upper = weight.bias(bias, 0), lower = weight.bias(bias, 1);
+    const Work<Cut> done = work;
+    work.advance();
+    if (!work.done()) {  // on its way while the result is stored
+      weight.take(tiles.row(work.tile) * Cut::kRows);
+      next = weight.fetch(work.first);
+    } else {
+      let_next_kernel_start();
+    }
+    if constexpr (Cut::kSplit) {
+      if (!done.is_whole() && !join_runs<Cut>(sums, done, runs, shared.arrived)) continue;
+    }
+    const int first_row = tiles.row(done.tile) * Cut::kRows + (kSharedRows ? 0 : group * kGroupRows);
+    store_tile<Cut>(sums, shared.result, upper, lower, tiles.token(done.tile) * kTokens, first_row, out, shape);
+  }
+}
+
 template <class Cut, bool kSymmetric>
 __global__ void __launch_bounds__(Cut::kThreads, 1)
     matmul_int4_kernel(const __grid_constant__ CUtensorMap x_map, const uint32_t* codes, const __nv_bfloat16* scale,
                        const int8_t* zero_point, const __nv_bfloat16* bias, __nv_bfloat16* out, TileShape shape, int group_shift,
                        Tiles tiles, Runs runs) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  constexpr bool kSharedRows = Cut::kSharedRows;
-  constexpr int kTokens = Cut::kTokens, kCluster = Cut::kCluster, kDepth = Cut::kStages, kStride = Cut::kStride;
-  constexpr int kStageBytes = Cut::kStageBytes;
-  extern __shared__ char shared[];
-  char* const ring = shared + (-shared_address(shared) & 1023);
-  char* const result = ring + kDepth * kStageBytes;
+  constexpr int kCluster = Cut::kCluster, kDepth = Cut::kStages;
+  extern __shared__ char unaligned[];
   __shared__ __align__(8) uint64_t full[kDepth], empty[kDepth];
   __shared__ int arrived;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = threadIdx.x / kGroupThreads;
-  const int blocks = shape.row_bytes / (kBlock / 2), row_words = shape.row_bytes / 4;
-  Work<Cut> work(tiles.all, blocks);
+  char* const ring = unaligned + (-shared_address(unaligned) & 1023);
+  const Shared shared = {shared_address(ring), full, empty, ring + kDepth * Cut::kStageBytes, &arrived};
+  const Work<Cut> work(tiles.all, shape.row_bytes / (kBlock / 2));
   if (threadIdx.x == 0) {
     for (int i = 0; i < kDepth; ++i) {
       Barrier{shared_address(full + i)}.init(1);
-      Barrier{shared_address(empty + i)}.init(kCluster * Cut::kWorkers / kWarp / kStride);
+      Barrier{shared_address(empty + i)}.init(kCluster * Cut::kWorkers / kWarp / Cut::kStride);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -307,92 +418,15 @@ __global__ void __launch_bounds__(Cut::kThreads, 1)
   } else {
     __syncthreads();
   }
-
-  if (group == Cut::kGroups) {
+  if (threadIdx.x >= Cut::kWorkers) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Cut::kBringerRegisters));
     wait_for_kernels_before();
-    if (threadIdx.x == Cut::kWorkers) {
-      bring_tokens<Cut>(&x_map, shared_address(ring), full, empty, work, tiles);
-    }
+    if (threadIdx.x == Cut::kWorkers) bring_tokens<Cut>(&x_map, shared.ring, full, empty, work, tiles);
     __syncwarp();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Cut::kWorkerRegisters));
-    const int g = lane / 4, t = lane % 4;
-    const int group_row = kSharedRows ? 0 : group * kGroupRows;  // of the tile
-    int rows[2];
-    const auto take = [&](int tile) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) rows[r] = min(tiles.row(tile) * Cut::kRows + group_row + warp % 4 * 16 + g + 8 * r, shape.rows - 1);
-    };
-    const auto fetch = [&](int block) {
-      Fetched fetched;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const uint32_t* from = codes + static_cast<size_t>(rows[r]) * row_words + block * (kBlock / 8) + 2 * t;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) fetched.words[r][j] = __ldg(reinterpret_cast<const uint2*>(from + 8 * j));
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const size_t at = static_cast<size_t>(rows[r]) * shape.groups + min(2 * block + half >> group_shift, shape.groups - 1);
-          fetched.scale[r][half] = scale[at];
-          if (!kSymmetric) fetched.zero_point[r][half] = zero_point[at];
-        }
-      }
-      return fetched;
-    };
-    const auto release = [&](int place) {
-      if (lane < kCluster) Barrier{shared_address(empty + place)}.arrive_at(lane);
-    };
-    int stage = kSharedRows ? group : 0, parity = 0;
-    take(work.tile);
-    Fetched next = fetch(work.first);
-    while (!work.done()) {
-      float sums[Cut::kSums] = {};
-      Halves<kSharedRows> here(next, group);
-      next = fetch(min(work.first + 1, work.end - 1));
-      uint32_t left[2][4][4];  // of a step's four products, by turns: one is multiplied while the other is made
-      here.decode(left[0], 0);
-      int before = -1;  // the stage of the step before
-      for (int block = work.first; block < work.end; ++block) {
-#pragma unroll
-        for (int i = 0; i < kBlock / kStep / kStride; ++i) {
-          Barrier{shared_address(full + stage)}.wait(parity);
-          begin_products();
-          const uint64_t right = tile_descriptor(shared_address(ring + stage * kStageBytes));
-#pragma unroll
-          for (int product = 0; product < 4; ++product) multiply<kTokens>(sums, left[i % 2][product], right + 2 * product);
-          commit_products();
-          finish_products<1>();  // those of the step before: the tensor cores have these while the next ones are made
-          if (before >= 0) release(before);
-          before = stage;
-          if (i + 1 < kBlock / kStep / kStride) {
-            here.decode(left[(i + 1) % 2], i + 1);
-          } else {  // what is made behind the last block is never multiplied
-            here = Halves<kSharedRows>(next, group);
-            next = fetch(min(block + 2, work.end - 1));
-            here.decode(left[(i + 1) % 2], 0);
-          }
-          stage += kStride;
-          if (stage >= kDepth) stage -= kDepth, parity ^= 1;
-        }
-      }
-      finish_products<0>();
-      release(before);
-      const float upper = bias ? to_float(bias[rows[0]]) : 0.0f, lower = bias ? to_float(bias[rows[1]]) : 0.0f;
-      const Work<Cut> done = work;
-      work.advance();
-      if (!work.done()) {  // on its way while the result is stored
-        take(work.tile);
-        next = fetch(work.first);
-      } else {
-        let_next_kernel_start();
-      }
-      if constexpr (Cut::kSplit) {
-        if (!done.is_whole() && !join_runs<Cut>(sums, done, runs, &arrived)) continue;
-      }
-      store_tile<Cut>(sums, result, upper, lower, tiles.token(done.tile) * kTokens, tiles.row(done.tile) * Cut::kRows + group_row,
-                      out, shape);
-    }
+    const WeightRows<Cut, kSymmetric> weight(codes, scale, zero_point, shape, group_shift);
+    multiply_tiles<Cut, kSymmetric>(weight, bias, out, shape, work, tiles, runs, shared);
   }
   if constexpr (kCluster > 1) meet_cluster();  // no block leaves while another still arrives at its barriers
 #endif
