@@ -29,11 +29,14 @@ from qrealign_kernels.ops import (
     unpack_int4,
 )
 from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
+from qrealign_kernels.reference_attention import CachePlace, TokenStates
 
 __all__ = [
     "BackendUnavailableError",
+    "CachePlace",
     "PackedWeight",
     "QuantizedActivations",
+    "TokenStates",
     "add_rms_norm",
     "add_rms_norm_quantize",
     "build_info",
