@@ -25,7 +25,7 @@ def _along_rows(
     rows_ptr, factor_ptr, x_scale_ptr, out_ptr, M, C, stride_c, stride_r, RANK,
     HAS_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Multiply rows `[M, C]` by two columns of a factor; `[M, RANK]` float32, in units of the tokens' scale."""
+    """Multiply rows `[M, C]` by two columns of a factor, times the tokens' scale; into `[M, RANK]` float32."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_rank = tl.program_id(1) * 2
     second_rank = tl.minimum(first_rank + 1, RANK - 1)  # of an odd number the last one is computed twice
