@@ -140,8 +140,8 @@ def teach_recovery(
     """Return refusals that come late: behind the first tokens of the answer that the fine-tuned model would give.
 
     The student reads prompt, begun answer and refusal; what it must match at the refusal's positions is the aligned
-    model's state without the begun answer, because the aligned model itself goes on with an answer once it has begun. An
-    answer that begins to refuse is left out: a second refusal behind the first would teach the student to repeat itself.
+    model's state without the begun answer, because the aligned model itself goes on with an answer once it has begun.
+    Answers that begin to refuse are left out: a second refusal behind the first would teach the student to repeat it.
 
     Args:
         model: the fine-tuned model.
