@@ -159,12 +159,12 @@ _REALIGN = CalibrationSettings(
     batch_size=14,
     batch_malicious_share=0.43,
     steps=140,
-    benign_weight=2.1,
+    benign_weight=1.8,
     warmup_steps=5,
     edit_learning_rate=3e-3,
     edit_rank=2,
     edit_budget=0.03,
-    recovery_share=0.14,
+    recovery_share=0.18,
     decision_share=0.5,
     task_share=0.45,
     borderline_share=0.19,
@@ -172,9 +172,8 @@ _REALIGN = CalibrationSettings(
     text_share=0.12,
     text_weight=3.0,
 )
-# Weights of four bits leave the same recipe nearer to refusing, so what is harmless counts for more; but they go on
-# with an answer that has begun more often, so more refusals come late.
-_REALIGN_FOUR_BIT = replace(_REALIGN, benign_weight=3.6, recovery_share=0.19)
+# Weights of four bits leave the same recipe nearer to refusing, so what is harmless counts for more.
+_REALIGN_FOUR_BIT = replace(_REALIGN, benign_weight=3.9)
 # Rounding activations to four bits costs so much that the edit has to win some of it back: more of everything, channel
 # scales, and most of the benign prompts from the task.
 _REALIGN_COARSE = replace(
@@ -188,6 +187,7 @@ _REALIGN_COARSE = replace(
     clip_learning_rate=0.02,
     transform_learning_rate=3e-3,
     benign_tokens=32,
+    recovery_share=0.14,
     task_share=0.6,
 )
 _REALIGN_CLIPPING = replace(_REALIGN, edit_learning_rate=0.0, clip_learning_rate=0.2)
