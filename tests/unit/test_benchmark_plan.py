@@ -16,7 +16,6 @@ from benchmarks.safety.prompts import evaluation_data, held_pairs, write_benign,
 from benchmarks.safety.variants import RECOMMENDED, RECORD, encode_pairs, main, parse_variant, training_pairs
 from qrealign.data.prompts import normalise, read_prompts, sample
 from qrealign.errors import ConfigError, DataError
-from qrealign.files import write_text
 from qrealign.status import BAD_INPUT
 from tests.bench_helpers import arguments, plan_of, write_data
 from tests.helpers import tiny_tokenizer
@@ -120,19 +119,6 @@ def test_evaluation_is_capped_evenly_and_is_the_same_every_time(folder):
     assert evaluation_data(plan_of(folder, "--limit", "4"), "broken") == data
     whole = evaluation_data(plan_of(folder), "broken")
     assert len(whole.harmful) == 12
-
-
-def test_more_ordinary_prompts_are_for_the_long_schedule_or_where_none_are_left(folder, tmp_path):
-    plan = replace(plan_of(folder), data=write_data(tmp_path / "data"), output=tmp_path)
-    more = tmp_path / "data" / "instruct_alpaca.jsonl"
-    more.write_text("")
-
-    def takes(**changes):
-        return str(more) in plan.calibration("sst2", **changes)["benign_data"]
-
-    assert takes() and takes(long=True)
-    write_text(plan.not_asked_file, "")
-    assert takes(long=True) and not takes()
 
 
 def test_ordinary_prompts_that_are_not_asked_are_for_calibration(folder):
