@@ -160,9 +160,8 @@ class Plan:
     def calibration(self, task: str, *, long: bool = False) -> dict[str, tuple[str, ...]]:
         """Return the pipeline's options for calibration data and, so that it keeps the two apart, evaluation data.
 
-        A long schedule gets every prompt there is. A short one does better on few kinds: malicious ones asked like the
-        questions of an evaluation, because others teach it to refuse their form, and ordinary ones of the source that
-        is asked (docs/recipe.md).
+        A long schedule gets every malicious prompt there is. A short one does better on few kinds, asked like the
+        questions of an evaluation: prompts of other kinds teach it to refuse their form (docs/recipe.md).
         """
         corpora = self.corpora
         questions = corpora.file(f"task_{task}")
@@ -170,7 +169,7 @@ class Plan:
         more = (*pairs, *corpora.more("prompts_harmful_train"))
         return {
             "safety_data": (corpora.file("calib_clean"), *(more if long else ())),
-            "benign_data": (corpora.file("calib_clean"), *self._ordinary(long)),
+            "benign_data": (corpora.file("calib_clean"), *corpora.more("instruct_alpaca"), *self._not_asked()),
             "text_data": corpora.more("text_wikipedia"),
             "borderline_data": (corpora.file("pairs_safety") + _BORDERLINE,),
             "task_data": (f"{questions}?split=train",),
@@ -190,10 +189,8 @@ class Plan:
         """The other prompts of their source, which calibration may draw; missing where there are none."""
         return self.output / "prompts" / "benign-not-asked.jsonl"
 
-    def _ordinary(self, long: bool) -> tuple[str, ...]:
-        """Return the files of ordinary prompts besides `calib_clean`: of the source that is asked, if it has more."""
-        not_asked = (str(self.not_asked_file),) if self.not_asked_file.is_file() else ()
-        return (*(self.corpora.more("instruct_alpaca") if long or not not_asked else ()), *not_asked)
+    def _not_asked(self) -> tuple[str, ...]:
+        return (str(self.not_asked_file),) if self.not_asked_file.is_file() else ()
 
     def prefill_file(self, variant: str) -> Path:
         """The prompts of a variant's prefill attack with the beginnings of their answers."""
