@@ -159,7 +159,7 @@ _REALIGN = CalibrationSettings(
     batch_size=14,
     batch_malicious_share=0.43,
     steps=140,
-    benign_weight=1.2,
+    benign_weight=1.45,
     warmup_steps=5,
     edit_learning_rate=3e-3,
     edit_rank=2,
@@ -173,7 +173,7 @@ _REALIGN = CalibrationSettings(
     text_weight=3.0,
 )
 # Weights of four bits leave the same recipe nearer to refusing, so what is harmless counts for more.
-_REALIGN_FOUR_BIT = replace(_REALIGN, benign_weight=2.0)
+_REALIGN_FOUR_BIT = replace(_REALIGN, benign_weight=2.5)
 # Rounding activations to four bits costs so much that the edit has to win some of it back: more of everything, channel
 # scales, and most of the benign prompts from the task.
 _REALIGN_COARSE = replace(
@@ -181,7 +181,7 @@ _REALIGN_COARSE = replace(
     batch_size=24,
     batch_malicious_share=0.5,
     steps=300,
-    benign_weight=2.8,
+    benign_weight=3.4,
     edit_rank=64,
     edit_budget=0.5,
     clip_learning_rate=0.02,
