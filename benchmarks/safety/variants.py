@@ -215,10 +215,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train every variant that is missing; return 0, or another exit status after one sentence on standard error."""
     args = build_parser().parse_args(arguments)
-    return exit_status(lambda: _run(args), interrupted="variants that were trained are kept")
+    return exit_status(lambda: _train(args), interrupted="the same command goes on with what is missing")
 
 
-def _run(args: argparse.Namespace) -> int:
+def _train(args: argparse.Namespace) -> int:
     shorter = {name: value for name in ("task_rows", "epochs") if (value := getattr(args, name)) is not None}
     for variant in [replace(parse_variant(name), **shorter) for name in args.variant]:
         print(train_variant(variant, args.aligned, Corpora(args.data), args.output, torch.device(args.device)))

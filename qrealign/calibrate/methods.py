@@ -149,41 +149,45 @@ _PAPER = CalibrationSettings(
 )
 # The paper's loop without its safety term (OmniQuant, arXiv 2308.13137), eight samples a step.
 _RECONSTRUCTION = replace(_PAPER, method="reconstruction", malicious_target="reconstruction", batch_size=8)
-# How each number was chosen stands in docs/recipe.md. A small edit is enough: rank 2 inside 3 % of the weight.
+# How each number was chosen stands in docs/recipe.md. A small edit is enough: rank 2 inside 3 % of the weight. Six
+# samples of a batch are malicious, five ordinary, borderline or text, and three are of the task, which are short.
 _REALIGN = CalibrationSettings(
     method="realign",
     engine="endtoend",
     samples=2000,
     malicious_share=0.45,
-    batch_size=12,
+    batch_size=14,
+    batch_malicious_share=0.43,
     steps=140,
-    benign_weight=1.6,
+    benign_weight=1.45,
     warmup_steps=5,
     edit_learning_rate=3e-3,
     edit_rank=2,
     edit_budget=0.03,
-    recovery_share=0.14,
+    recovery_share=0.18,
     decision_share=0.5,
-    task_share=0.12,
+    task_share=0.45,
     borderline_share=0.19,
     borderline_weight=0.08,
     text_share=0.12,
     text_weight=3.0,
 )
 # Weights of four bits leave the same recipe nearer to refusing, so what is harmless counts for more.
-_REALIGN_FOUR_BIT = replace(_REALIGN, benign_weight=3.2)
+_REALIGN_FOUR_BIT = replace(_REALIGN, benign_weight=2.5)
 # Rounding activations to four bits costs so much that the edit has to win some of it back: more of everything, channel
 # scales, and most of the benign prompts from the task.
 _REALIGN_COARSE = replace(
     _REALIGN,
     batch_size=24,
+    batch_malicious_share=0.5,
     steps=300,
-    benign_weight=3.6,
+    benign_weight=3.4,
     edit_rank=64,
     edit_budget=0.5,
     clip_learning_rate=0.02,
     transform_learning_rate=3e-3,
     benign_tokens=32,
+    recovery_share=0.14,
     task_share=0.6,
 )
 _REALIGN_CLIPPING = replace(_REALIGN, edit_learning_rate=0.0, clip_learning_rate=0.2)
@@ -327,13 +331,15 @@ def _long(settings: CalibrationSettings) -> CalibrationSettings:
         samples=20_000,
         malicious_share=0.5,
         batch_size=32,
+        batch_malicious_share=0.5,
         steps=800,
         passes=1.28,
         benign_weight=1.8,
         edit_rank=max(8, settings.edit_rank),
         edit_budget=max(0.05, settings.edit_budget),
+        refusal_tokens=16,  # to their ends: the longer late refusals are taught, the sooner a loop follows an open one
         recovery_share=0.1,
-        task_share=max(0.12, settings.task_share),
+        task_share=0.2,
         task_labels=1.0,
         borderline_share=0.1,
         borderline_weight=0.6,

@@ -141,12 +141,13 @@ def teach_recovery(
 
     The student reads prompt, begun answer and refusal; what it must match at the refusal's positions is the aligned
     model's state without the begun answer, because the aligned model itself goes on with an answer once it has begun.
+    Answers that begin to refuse are left out: a second refusal behind the first would teach the student to repeat it.
 
     Args:
         model: the fine-tuned model.
         encoder: its prompt encoder.
         refusals: what `teach_refusals` returned.
-        share: how many to return, relative to `refusals`.
+        share: how many to draw, relative to `refusals`.
         begun_tokens: fewest and most tokens of a begun answer; their number is drawn evenly.
         seed: seed of which refusals and how many tokens.
         batch_size: prompts answered at once.
@@ -161,6 +162,8 @@ def teach_recovery(
     begun = generate_ids(model, encoder, heads, max_new_tokens=most, batch_size=batch_size, progress=progress)
     samples = []
     for index, start, length, answer in zip(chosen, starts, lengths, begun, strict=True):
+        if is_refusal(encoder.decode(answer)):
+            continue
         refusal, opening = refusals[index], torch.tensor(answer[:length], dtype=torch.int64)
         input_ids = torch.cat([refusal.input_ids[:start], opening, refusal.input_ids[start:]])
         samples.append(

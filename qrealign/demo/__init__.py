@@ -11,12 +11,15 @@ from pathlib import Path
 ROOT = Path(__file__).parent
 # What `realign` has otherwise is for models and prompts of ordinary size. This model's answers are a dozen tokens long
 # and its borderline prompts a hundred: late refusals begin earlier and are fewer, every borderline prompt is seen and
-# counts for more, and so does text.
+# counts for more, and so does text; its task needs no prompts besides.
 DEMO_SETTINGS = (
+    "batch_size=12",
+    "batch_malicious_share=0.5",
     "benign_weight=3.5",
     "recovery_share=0.1",
     "recovery_least=1",
     "recovery_tokens=6",
+    "task_share=0.12",
     "borderline_share=0.4",
     "borderline_weight=0.14",
     "text_share=0.3",

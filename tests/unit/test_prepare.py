@@ -112,7 +112,7 @@ def test_task_rows_keep_to_their_split(tmp_path):
 
 def test_a_task_without_split_is_halved(tmp_path):
     data = prepare(task_data=(write(tmp_path / "task.jsonl", rows(80, "sort", answer="yes")),), samples=40)
-    assert len(data.calibration.task) == 5 and 20 <= len(data.evaluation.task) <= 60
+    assert len(data.calibration.task) == 18 and 20 <= len(data.evaluation.task) <= 60
     assert not find_overlap(data.calibration.task, data.evaluation.task)
     assert prepare(samples=40).evaluation.task == []
 

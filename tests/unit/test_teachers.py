@@ -29,8 +29,9 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def refusals(models, encoder, monkeypatch):
-    monkeypatch.setattr("qrealign.calibrate.teachers.is_refusal", lambda _: True)
-    return teach_refusals(models[0], encoder, PROMPTS, answer_tokens=8, batch_size=3, progress=None)
+    with monkeypatch.context() as patch:
+        patch.setattr("qrealign.calibrate.teachers.is_refusal", lambda _: True)
+        return teach_refusals(models[0], encoder, PROMPTS, answer_tokens=8, batch_size=3, progress=None)
 
 
 def test_a_late_refusal_follows_the_begun_answer_and_keeps_its_target(models, encoder, refusals):
@@ -47,6 +48,15 @@ def test_a_late_refusal_follows_the_begun_answer_and_keeps_its_target(models, en
         assert 1 <= begun <= 4
         assert torch.equal(sample.input_ids[start + begun :], first.input_ids[start:])
         assert torch.equal(sample.hidden, first.hidden) and torch.equal(sample.weights, first.weights)
+
+
+def test_no_refusal_follows_where_the_model_begins_to_refuse(models, encoder, refusals, monkeypatch):
+    verdicts = iter([True, False, True, False])
+    monkeypatch.setattr("qrealign.calibrate.teachers.is_refusal", lambda _: next(verdicts))
+    refused = teach_recovery(models[1], encoder, refusals, share=0.5, seed=3, **LATE)
+    monkeypatch.setattr("qrealign.calibrate.teachers.is_refusal", lambda _: False)
+    every = teach_recovery(models[1], encoder, refusals, share=0.5, seed=3, **LATE)
+    assert [s.input_ids.tolist() for s in refused] == [s.input_ids.tolist() for s in every[1::2]]
 
 
 def test_late_refusals_are_drawn_by_the_seed_and_can_be_stored(models, encoder, refusals, tmp_path):
