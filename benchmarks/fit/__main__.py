@@ -1,9 +1,10 @@
 """`python -m benchmarks.fit [--docs docs/kernels.md]`: compile every kernel with every launch choice a target can get.
 
-That is all of the default table, for each target, and all of a target's own table.
+That is all of the default table, for each target, and all of a target's own table. What has not changed since it was
+compiled last is taken from the record (`results/fit.csv`), which the tests hold against the kernels and the tables.
 
-Needs no GPU. Prints the table of the documentation, which `--docs` renders, and what does not fit; some ten minutes on
-two cores.
+Needs no GPU. Prints the table of the documentation, which `--docs` renders, and what does not fit; all anew, some ten
+minutes on two cores.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import triton
-
 from benchmarks.docs import markdown_table, put_table
-from benchmarks.fit.cases import all_cases, builds
+from benchmarks.fit.cases import all_cases, jobs
 from benchmarks.fit.compiling import SHARED_LIMIT, TARGETS, Fit, compile_all
+from benchmarks.fit.record import digest, read_record, write_record
 
 DOCS_NAME = "fit table"
 
@@ -53,18 +53,20 @@ def _cell(fits: Sequence[Fit]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fit", description=__doc__)
     parser.add_argument("--docs", type=Path, help="document that holds the table")
-    parser.add_argument("--cases", nargs="+", help="only these")
+    parser.add_argument("--all", action="store_true", help="compile what is recorded too")
     args = parser.parse_args()
-    chosen = [case for name, case in all_cases().items() if args.cases is None or name in args.cases]
-    jobs = [
-        (build.case, build.gpu_class, build.key, target)
-        for case in chosen
-        for build in builds(case)
-        for target in build.targets(TARGETS)
-    ]
-    rows = compile_all(jobs)
-    text = table(sorted(rows, key=lambda row: jobs.index((row.case, row.gpu_class, row.key, row.target))))
-    text += f"\nCompiled by triton {triton.__version__}.\n"
+    cases = all_cases()
+    wanted = {
+        digest(cases[build.case], build, target): (build, target) for build, target in jobs(cases.values(), TARGETS)
+    }
+    known = {} if args.all else read_record()
+    new = {name: job for name, job in wanted.items() if name not in known}
+    print(f"{len(wanted)} builds, {len(new)} of them to compile", flush=True)
+    compiled = compile_all([(build.case, build.gpu_class, build.key, target) for build, target in new.values()])
+    fits = known | dict(zip(new, compiled, strict=True))
+    write_record({name: fits[name] for name in wanted})
+    rows = [fits[name] for name in wanted]
+    text = f"{table(rows)}\nCompiled by triton {', '.join(sorted({row.triton for row in rows}))}.\n"
     print(text)
     if args.docs is not None:
         put_table(args.docs, DOCS_NAME, text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -90,25 +91,16 @@ def builds(case: Case) -> Iterator[Build]:
                 yield build
 
 
-def sample(cases: Iterable[Case]) -> list[tuple[Build, int]]:
-    """Return what a test compiles of all builds and targets, which take minutes on two cores.
+def jobs(cases: Iterable[Case], targets: Sequence[int]) -> list[tuple[Build, int]]:
+    """Return every build of the cases with every target that uses it."""
+    return [(build, target) for case in cases for build in builds(case) for target in build.targets(targets)]
 
-    Every case with every default choice for compute capability 8.9, which has the least shared memory and is what
-    users have; of every kernel one choice for each other target, its own class's where a table has one. The rest is
-    compiled by `python -m benchmarks.fit`. 8.6 is left to it too: the compiler treats it as 8.9.
-    """
-    chosen: dict[tuple[Build, int], None] = {}
-    once: set[tuple[object, int]] = set()
-    for case in cases:
-        found = list(builds(case))
-        assert found, f"no launch table has a choice for {case.table}"
-        chosen |= {(build, 89): None for build in found if build.gpu_class == launches.DEFAULT}
-        for target in (80, 90, 120):
-            ours = [build for build in found if build.gpu_class in (launches.DEFAULT, f"sm{target}")]
-            if (case.kernel, target) not in once:
-                once.add((case.kernel, target))
-                chosen[ours[-1], target] = None
-    return list(chosen)
+
+def sample(cases: Iterable[Case], targets: Sequence[int]) -> list[tuple[Build, int]]:
+    """Return one build of every kernel, the targets in turn, with a choice of the target's own table if any."""
+    by_kernel = {case.kernel: case for case in cases}
+    turns = zip(by_kernel.values(), itertools.cycle(targets))
+    return [([build for build in builds(case) if build.targets([target])][-1], target) for case, target in turns]
 
 
 def signature(case: Case, constants: Mapping[str, object]) -> dict[str, str]:

@@ -31,7 +31,10 @@ _REGISTERS, _SYSTEM_SHARED = 65536, 1024  # of a multiprocessor; taken by the sy
 
 @dataclass(frozen=True)
 class Fit:
-    """What one build takes on one target: registers a thread, bytes of shared memory a program, of spills a thread."""
+    """What one build takes on one target: registers a thread, bytes of shared memory a program, of spills a thread.
+
+    `triton` is the version that compiled it.
+    """
 
     case: str
     gpu_class: str
@@ -41,6 +44,7 @@ class Fit:
     registers: int
     shared_bytes: int
     spilled_bytes: int
+    triton: str
 
     @property
     def occupancy(self) -> float:
@@ -51,19 +55,14 @@ class Fit:
         return min(programs, by_registers, by_shared, warps // self.num_warps) * self.num_warps / warps
 
 
-def compile_all(jobs: Sequence[tuple[str, str, str, int]], *, cache: Path | None = None) -> list[Fit]:
-    """Compile (case, GPU class, key, target) each, on all cores.
-
-    Args:
-        jobs: what to compile.
-        cache: folder of Triton's cache; None for its own, so that a second run is fast.
+def compile_all(jobs: Sequence[tuple[str, str, str, int]]) -> list[Fit]:
+    """Compile (case, GPU class, key, target) each, on all cores; the results in the same order.
 
     Raises:
         RuntimeError: something did not compile; the compiler's words.
     """
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {} if cache is None else {"TRITON_CACHE_DIR": str(cache)}
-    workers = max(1, min(len(jobs), os.cpu_count() or 1))
+    workers = min(len(jobs), os.cpu_count() or 1)
     # Files, not pipes: a process whose full pipe nobody reads yet would wait for the others.
     with tempfile.TemporaryDirectory() as folder:
         running = []
@@ -78,8 +77,10 @@ def compile_all(jobs: Sequence[tuple[str, str, str, int]], *, cache: Path | None
         errors = [(process.communicate()[1], process.returncode) for process, _ in running]
         if wrong := [error for error, code in errors if code]:
             raise RuntimeError(wrong[0])
-        lines = [line for _, out in running for line in out.read_text(encoding="utf-8").splitlines()]
-    return [Fit(**json.loads(line)) for line in lines]
+        fits: list[Fit | None] = [None] * len(jobs)
+        for index, (_, out) in enumerate(running):
+            fits[index::workers] = [Fit(**json.loads(line)) for line in out.read_text(encoding="utf-8").splitlines()]
+    return [fit for fit in fits if fit is not None]
 
 
 def compile_one(case_name: str, gpu_class: str, key: str, target: int) -> Fit:
@@ -113,7 +114,9 @@ def compile_one(case_name: str, gpu_class: str, key: str, target: int) -> Fit:
         raise RuntimeError(f"{case_name} with {gpu_class}/{key} = {choice} does not compile for sm_{target}") from error
     registers, spilled = _resources(compiled.asm["cubin"])
     warps = compiled.metadata.num_warps
-    return Fit(case_name, gpu_class, key, target, warps, registers, compiled.metadata.shared, spilled)
+    return Fit(
+        case_name, gpu_class, key, target, warps, registers, compiled.metadata.shared, spilled, triton.__version__
+    )
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

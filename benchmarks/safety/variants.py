@@ -22,9 +22,10 @@ from benchmarks.safety.corpora import Corpora
 from qrealign.data.encode import ChatEncoder
 from qrealign.data.prompts import Prompt, read_prompts, sample
 from qrealign.demo.training import Example, Schedule, optimise
-from qrealign.errors import ConfigError, DataError, QrealignError
+from qrealign.errors import ConfigError, DataError
 from qrealign.files import read_json, sha256_of_text, write_aside, write_json
 from qrealign.models.source import open_model
+from qrealign.status import exit_status
 
 RECORD = "variant.json"
 SEQUENCE_TOKENS, PROMPT_TOKENS = 256, 128
@@ -212,15 +213,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train every variant that is missing; return 0, or 1 after one sentence on standard error."""
+    """Train every variant that is missing; return 0, or another exit status after one sentence on standard error."""
     args = build_parser().parse_args(arguments)
+    return exit_status(lambda: _run(args), interrupted="variants that were trained are kept")
+
+
+def _run(args: argparse.Namespace) -> int:
     shorter = {name: value for name in ("task_rows", "epochs") if (value := getattr(args, name)) is not None}
-    try:
-        for variant in [replace(parse_variant(name), **shorter) for name in args.variant]:
-            print(train_variant(variant, args.aligned, Corpora(args.data), args.output, torch.device(args.device)))
-    except QrealignError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    for variant in [replace(parse_variant(name), **shorter) for name in args.variant]:
+        print(train_variant(variant, args.aligned, Corpora(args.data), args.output, torch.device(args.device)))
     return 0
 
 

@@ -145,6 +145,26 @@ def reduced_gradient(scaled: bool, divided: bool) -> float:
     return max(error_of(one, other) for one, other in pairs if one is not None and other is not None)
 
 
+def edit_gradients(rank: int, coded: bool) -> float:
+    """Return the largest relative error of the gradients of an edit of a linear layer's weight."""
+    x, scale = torch.randn(37, 1160).bfloat16(), None
+    if coded:
+        x, scale = reference.quantize_per_token_ref(x)
+    given = (torch.randn(37, ROWS).bfloat16(), x, torch.randn(ROWS, rank), torch.randn(rank, 1160), scale)
+    pairs = zip(kernels.low_rank_gradients(*given), definitions.low_rank_gradients_ref(*given), strict=True)
+    return max(error_of(one, other) for one, other in pairs)
+
+
+def turned_heads(heads: int, width: int) -> float:
+    """Return the larger relative error of turned heads and of their gradient."""
+    x = torch.randn(2, 19, heads, width).bfloat16().transpose(1, 2).requires_grad_()
+    cos, sin = torch.rand(2, 1, 19, width).bfloat16()
+    turned, grad = kernels.rotate_heads(x, cos, sin), torch.randn(2, heads, 19, width).bfloat16()
+    (found,) = torch.autograd.grad(turned, x, grad)
+    wanted = definitions.rotate_heads_ref(grad, cos, sin, transposed=True)
+    return max(error_of(turned, definitions.rotate_heads_ref(x, cos, sin)), error_of(found, wanted))
+
+
 def tokens_alone(columns: int) -> float:
     """Return the largest relative error of rounded tokens, alone and behind a gate or an RMS norm, and of gradients."""
     x, gate, up = (torch.randn(5, columns).bfloat16().requires_grad_() for _ in range(3))
@@ -193,29 +213,29 @@ def attention(op: str, heads: int, groups: int, size: int, masked: bool, coded: 
     device, length, tokens = torch.get_default_device(), 133, () if op == "decode_attention" else (19,)
     with torch.device("cpu"):  # where the definition is computed: racecheck takes minutes over the library's products
         states = torch.randn(3, *tokens, heads + 2 * groups, size).bfloat16()
-        cos, sin = torch.rand(2, 3, *tokens, size).bfloat16()
-        keys, values = torch.randn(2, 3, groups, length, size).bfloat16()
+        turns = torch.rand(2, 3, *tokens, size).bfloat16()
+        buffers = dict(zip(("keys", "values"), torch.randn(2, 3, groups, length, size).bfloat16(), strict=True))
         mask = torch.rand(3, *tokens, length) < 0.5 if masked else None
         each = torch.tensor([0, 57, 132 - sum(tokens)])
         places = (each[:, None] + torch.arange(*tokens) if tokens else each, torch.tensor([57]))
-    buffers = {"keys": keys, "values": values}
     if coded:
-        (keys, key_scale), (values, value_scale) = map(reference.quantize_per_token_ref, (keys, values))
-        scales = {"key_scale": key_scale[..., 0].contiguous(), "value_scale": value_scale[..., 0].contiguous()}
-        buffers = {"keys": keys, "values": values, **scales}
+        for name, scale in (("keys", "key_scale"), ("values", "value_scale")):
+            buffers[name], scales = reference.quantize_per_token_ref(buffers[name])
+            buffers[scale] = scales[..., 0].contiguous()
 
-    def attend(call: Callable[..., torch.Tensor], held: dict[str, torch.Tensor], **given: Any) -> torch.Tensor:
+    def attend(call: Callable[..., torch.Tensor], held: dict[str, torch.Tensor]) -> torch.Tensor:
         where = held["cells"].device
-        inputs = (*states.to(where).split([heads, groups, groups], dim=-2), cos.to(where), sin.to(where))
-        return call(*inputs, **held, mask=None if mask is None else mask.to(where), **given)
+        new = kernels.TokenStates(*states.to(where).split([heads, groups, groups], dim=-2), *turns.to(where))
+        place = kernels.CachePlace(**held, length=length, advance=len(held["cells"]) == 1)
+        return call(new, place, None if mask is None else mask.to(where), scaling=size**-0.5)
 
     errors = []
     for cells in places:
-        given = {"length": length, "scaling": size**-0.5, "advance": len(cells) == 1}
-        ours = {name: held.to(device, copy=True) for name, held in (buffers | {"cells": cells}).items()}
-        theirs = {name: held.clone() for name, held in (buffers | {"cells": cells}).items()}
-        got = attend(getattr(kernels, op), ours, **given)
-        want = attend(getattr(reference_attention, f"{op}_ref"), theirs, **given)
+        tensors = buffers | {"cells": cells}
+        ours = {name: held.to(device, copy=True) for name, held in tensors.items()}
+        theirs = {name: held.clone() for name, held in tensors.items()}
+        got = attend(getattr(kernels, op), ours)
+        want = attend(getattr(reference_attention, f"{op}_ref"), theirs)
         pairs = zip((got, *ours.values()), (want, *theirs.values()), strict=True)
         errors += [error_of(one.cpu(), other) for one, other in pairs]
     return max(errors)
@@ -248,6 +268,10 @@ def checks() -> Iterator[Check]:
         yield f"tokens of {columns}", {}, partial(tokens_alone, columns)
         for offset in (0.0, 1.0):
             yield f"step of {columns}, {offset}", {}, partial(step_between_products, columns, offset)
+    for rank, coded in ((2, True), (3, False)):
+        yield f"gradients of an edit of rank {rank}", {}, partial(edit_gradients, rank, coded)
+    for heads, width in ((5, 24), (20, 128)):
+        yield f"{heads} heads of {width}, turned", {}, partial(turned_heads, heads, width)
     yield "rows of the host", {}, rows_of_the_host
     shapes, ops = ((6, 2, 40), (4, 4, 128), (7, 1, 64)), ("decode_attention", "prompt_attention")
     for op, shape, masked, coded in itertools.product(ops, shapes, (False, True), (False, True)):

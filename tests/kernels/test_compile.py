@@ -3,30 +3,76 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
 from benchmarks.fit.__main__ import problems, table
-from benchmarks.fit.cases import all_cases, sample
+from benchmarks.fit.cases import Case, all_cases, builds, jobs, sample
 from benchmarks.fit.compiling import TARGETS, Fit, compile_all
+from benchmarks.fit.record import digest, read_record, write_record
+from qrealign_kernels import triton_math
 
-FIT = Fit("token, codes", "default", "4096", 89, 8, 64, 1024, 0)
-
-
-def test_kernels_compile_and_fit(request: pytest.FixtureRequest) -> None:
-    chosen = sample(all_cases().values())
-    jobs = [(build.case, build.gpu_class, build.key, target) for build, target in chosen]
-    rows = compile_all(jobs, cache=request.config.cache.mkdir("triton"))
-    assert len(rows) == len(jobs)
-    assert problems(rows) == []
+FIT = Fit("token, codes", "default", "4096", 89, 8, 64, 1024, 0, "3.9.0")
+AGAIN = "python -m benchmarks.fit --docs docs/kernels.md"
 
 
-def test_sample_has_every_kernel_for_every_target_but_one() -> None:
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, Fit]:
+    return read_record()
+
+
+def test_every_kernel_with_every_choice_fits_every_target(recorded: dict[str, Fit]) -> None:
     cases = all_cases()
-    targets = {(cases[build.case].kernel, target) for build, target in sample(cases.values())}
-    assert targets == {(case.kernel, target) for case in cases.values() for target in TARGETS if target != 86}
+    wanted = {digest(cases[build.case], build, target) for build, target in jobs(cases.values(), TARGETS)}
+    assert wanted == recorded.keys(), f"kernels, choices or their uses have changed since: {AGAIN}"
+    assert problems(list(recorded.values())) == []
+
+
+def test_a_build_of_every_kernel_compiles_to_what_is_recorded(recorded: dict[str, Fit]) -> None:
+    cases = all_cases()
+    chosen = sample(cases.values(), TARGETS)
+    assert {cases[build.case].kernel for build, _ in chosen} == {case.kernel for case in cases.values()}
+    assert {target for _, target in chosen} == set(TARGETS)
+    fits = compile_all([(build.case, build.gpu_class, build.key, target) for build, target in chosen])
+    assert problems(fits) == []
+    known = [recorded[digest(cases[build.case], build, target)] for build, target in chosen]
+    # Another version of the compiler allocates registers otherwise.
+    assert [fit for fit in fits if fit.triton == FIT.triton] == [fit for fit in known if fit.triton == fits[0].triton]
+
+
+def test_the_digest_changes_with_what_is_compiled() -> None:
+    case = next(case for case in all_cases().values() if case.name == FIT.case)
+    build = next(builds(case))
+
+    def of(case: Case, **change: object) -> str:
+        return digest(case, dataclasses.replace(build, **change), 89)
+
+    other = next(other for other in all_cases().values() if other.kernel is not case.kernel)
+    changed = [
+        dataclasses.replace(case, kernel=other.kernel),
+        dataclasses.replace(case, constants={**case.constants, "ANOTHER": 1}),
+        dataclasses.replace(case, fp_fusion=not case.fp_fusion),
+    ]
+    digests = [of(case), *map(of, changed), of(case, choice=(("num_warps", 32),)), digest(case, build, 90)]
+    assert len(set(digests)) == len(digests)
+    assert of(case) == of(case, choice=(*build.choice, ("PROGRAMS", 7))), "read by the launching code alone"
+
+
+def test_the_digest_follows_called_functions_and_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in all_cases().values() if case.name == FIT.case)
+    build = next(builds(case))
+    before = digest(case, build, 89)
+    monkeypatch.setattr(triton_math, "ROUNDER", 1.0)
+    assert digest(case, build, 89) != before
+
+
+def test_the_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    write_record({"0123": FIT}, tmp_path / "fit.csv")
+    assert read_record(tmp_path / "fit.csv") == {"0123": FIT}
+    assert read_record(tmp_path / "none.csv") == {}
 
 
 def test_a_failure_ends_the_compilation_with_its_words() -> None:

@@ -16,6 +16,7 @@ from benchmarks.safety.prompts import evaluation_data, held_pairs, write_benign,
 from benchmarks.safety.variants import RECOMMENDED, RECORD, encode_pairs, main, parse_variant, training_pairs
 from qrealign.data.prompts import normalise, read_prompts, sample
 from qrealign.errors import ConfigError, DataError
+from qrealign.status import BAD_INPUT
 from tests.bench_helpers import arguments, plan_of, write_data
 from tests.helpers import tiny_tokenizer
 
@@ -190,7 +191,7 @@ def test_training_a_variant_is_repeatable_and_not_repeated(folder, tmp_path, cap
     file = tmp_path / "a" / "sst2-p05-qv" / "adapter_model.safetensors"
     before = file.stat().st_mtime_ns
     assert main([*command, "--output", str(tmp_path / "a")]) == 0 and file.stat().st_mtime_ns == before
-    assert main([*command, "--output", str(tmp_path / "a"), "--task-rows", "5"]) == 1
+    assert main([*command, "--output", str(tmp_path / "a"), "--task-rows", "5"]) == BAD_INPUT
     assert "made with other settings" in capsys.readouterr().err
 
 
