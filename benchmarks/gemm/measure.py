@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +47,17 @@ def let_tuners_measure(briefly: bool) -> None:
         triton.testing.do_bench = lambda call, **options: (call(), [1.0, 1.0, 1.0])[1]
 
 
-def few_enough(calls: list[Callable[[], Any]]) -> list[Callable[[], Any]]:
+def few_enough(calls: Sequence[Callable[[], Any]]) -> Sequence[Callable[[], Any]]:
     """Return as many calls as a sweep needs: two weights are out of the cache where a product takes long."""
     return calls[: max(2, math.ceil(SWEEP_S / eager_seconds(calls[0], repeats=2)))]
 
 
-def baseline_calls(columns: int, outputs: int, tokens: int) -> list[Callable[[], torch.Tensor]]:
+def baseline_calls(columns: int, outputs: int, tokens: int) -> Sequence[Callable[[], torch.Tensor]]:
     """Return calls of the baseline's product over weights that do not stay in the cache."""
     peer = PEERS[BASELINE]()
-    shape = {"device": "cuda", "dtype": peer.dtype}
+    random = functools.partial(torch.randn, device="cuda", dtype=peer.dtype)
     return [
-        functools.partial(
-            peer.multiply, torch.randn(outputs, columns, **shape) * 0.02, torch.randn(tokens, columns, **shape)
-        )
+        functools.partial(peer.multiply, random(outputs, columns) * 0.02, random(tokens, columns))
         for _ in range(rotations(columns * outputs * peer.bits // 8))
     ]
 
@@ -76,7 +74,9 @@ def time_product(peer: Peer, packed: list[Any], plain: torch.Tensor, tokens: int
     """
     inputs = [torch.randn(tokens, plain.shape[1], device="cuda", dtype=peer.dtype) for _ in packed]
     prepared = [peer.prepare(x) for x in inputs]
-    calls = [functools.partial(peer.multiply, *pair) for pair in zip(packed, prepared, strict=True)]
+    calls: Sequence[Callable[[], torch.Tensor]] = [
+        functools.partial(peer.multiply, *pair) for pair in zip(packed, prepared, strict=True)
+    ]
     row: dict[str, Any] = {}
     if peer.scaled:
         want, got = (inputs[0] @ plain.T).float(), calls[0]().float()
