@@ -51,9 +51,9 @@ struct Runs {
   int* arrivals;  // [split tiles], zero before and after
 };
 
-// A run of a tile's blocks of 256 columns, and what comes after it. A worker is a cluster, whose blocks have neighbouring tiles, a set,
-// and the same columns. Of n workers each takes every n-th set; with kSplit, the sets that are left for fewer than n are cut into n runs
-// of like length: the end of one set and the beginning of the next.
+// A run of a tile's blocks of 256 columns, and what comes after it. A worker is a cluster, whose blocks have neighbouring tiles, a
+// set, and the same columns. Of n workers each takes every n-th set; with kSplit, the sets that are left for fewer than n are cut into
+// n runs of like length: the end of one set and the beginning of the next.
 template <class Cut>
 class Work {
   static constexpr int kCluster = Cut::kCluster;
@@ -160,8 +160,8 @@ class WeightRows {
   int rows_[2];
 };
 
-// What was fetched, ready to be decoded: pairs of half words, and what is subtracted from and multiplied to their weights. Lower half words
-// hold planes 0, 1, 4 and 5, upper ones 2, 3, 6 and 7; where two warp groups share rows, each takes one kind.
+// What was fetched, ready to be decoded: pairs of half words, and what is subtracted from and multiplied to their weights. Lower half
+// words hold planes 0, 1, 4 and 5, upper ones 2, 3, 6 and 7; where two warp groups share rows, each takes one kind.
 template <bool kSharedRows>
 struct Halves {
   uint32_t pairs[kSharedRows ? 1 : 2][2][4];
