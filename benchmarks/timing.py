@@ -35,7 +35,31 @@ def graph_seconds(calls: Sequence[Callable[[], object]], *, repeats: int = 15) -
             need gradients of each other.
         repeats: replays that are timed, after two that are not.
     """
+    return graph_seconds_by_turns(calls, repeats=repeats)[0]
+
+
+def graph_seconds_by_turns(*works: Sequence[Callable[[], object]], repeats: int = 15) -> list[float]:
+    """Return `graph_seconds` of several works whose graphs are replayed by turns.
+
+    A GPU at its power limit lowers its clocks as it warms up; what takes turns runs at the same ones.
+    """
     bring_clocks_up()
+    graphs = [_captured(calls) for calls in works]
+    times: list[list[float]] = [[] for _ in works]
+    for index in range(repeats + 2):
+        for graph, found in zip(graphs, times, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if index >= 2:
+                found.append(start.elapsed_time(end) / 1e3)
+    return [median(found) / len(calls) for found, calls in zip(times, works, strict=True)]
+
+
+def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """Return a graph of all calls."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -46,16 +70,7 @@ def graph_seconds(calls: Sequence[Callable[[], object]], *, repeats: int = 15) -
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
-    for index in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if index >= 2:
-            times.append(start.elapsed_time(end) / 1e3)
-    return median(times) / len(calls)
+    return graph
 
 
 def eager_seconds(call: Callable[[], object], *, repeats: int = 7) -> float:

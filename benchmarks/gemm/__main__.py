@@ -1,8 +1,9 @@
 """`python -m benchmarks.gemm`: time quantized products at the shapes of Llama-2-7B beside other projects' in one run.
 
 Tokens are quantized inside the timed call, weights rotate past the L2 cache, times are medians of one product in a CUDA
-graph (`us`) and issued from Python (`eager_us`). Peers that are not installed are named in the table. Nothing is timed
-unless the products' tests pass here first.
+graph (`us`) and issued from Python (`eager_us`). Where products are so large that the GPU is at its power limit, each
+peer takes turns with the baseline (`baseline_us`): a chip that has warmed up runs at lower clocks. Peers that are not
+installed are named in the table. Nothing is timed unless the products' tests pass here first.
 """
 
 from __future__ import annotations

@@ -9,10 +9,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.docs import markdown_table
-from benchmarks.gemm.peers import BASELINE, CALIBRATION_ROWS, PEERS
+from benchmarks.gemm.peers import BASELINE, CALIBRATION_ROWS, LARGE, PEERS
 
-FIELDS = ("peer", "K", "N", "M", "us", "eager_us", "error", "note", "device", "torch", "triton", "commit", "date")
-SMALL, LARGE = (1, 8, 16), (2048, 4096)
+FIELDS = (
+    "peer",
+    "K",
+    "N",
+    "M",
+    "us",
+    "baseline_us",
+    "eager_us",
+    "error",
+    "note",
+    "device",
+    "torch",
+    "triton",
+    "commit",
+    "date",
+)
+SMALL = (1, 8, 16)
 # figure -> who, against whom, at which numbers of tokens
 FIGURES: dict[str, dict[str, tuple[str, str, tuple[int, ...]]]] = {
     "serving": {
@@ -29,23 +44,25 @@ Row = Mapping[str, Any]
 Times = dict[tuple[str, int, int, int], float]
 
 
-def times(rows: Iterable[Row]) -> Times:
-    """Return (peer, K, N, M) -> microseconds in a CUDA graph."""
+def times(rows: Iterable[Row], field: str = "us") -> Times:
+    """Return (peer, K, N, M) -> microseconds in a CUDA graph, of the peer or (`baseline_us`) of the baseline beside."""
     return {
-        (row["peer"], int(row["K"]), int(row["N"]), int(row["M"])): float(row["us"]) for row in rows if row.get("us")
+        (row["peer"], int(row["K"]), int(row["N"]), int(row["M"])): float(row[field]) for row in rows if row.get(field)
     }
 
 
 def figures(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
     """Return section -> figure -> geometric mean, over the shapes, of how many times faster; what is missing is not."""
-    found = times(rows)
+    rows = list(rows)
+    found, beside = times(rows), times(rows, "baseline_us")
     shapes = sorted({key[1:3] for key in found})
     result: dict[str, dict[str, float]] = {}
     for section, named in FIGURES.items():
         for name, (mine, theirs, tokens) in named.items():
             pairs = [((mine, *shape, m), (theirs, *shape, m)) for shape in shapes for m in tokens]
             if all(key in found for pair in pairs for key in pair) and pairs:
-                logs = [math.log(found[their] / found[my]) for my, their in pairs]
+                given = beside if theirs == BASELINE else {}
+                logs = [math.log(given.get(my, found[their]) / found[my]) for my, their in pairs]
                 result.setdefault(section, {})[name] = round(math.exp(sum(logs) / len(logs)), 3)
     return result
 
@@ -56,7 +73,7 @@ def to_csv(rows: Iterable[Row]) -> str:
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        rounded = {name: f"{row[name]:.4g}" for name in ("us", "eager_us", "error") if name in row}
+        rounded = {name: f"{row[name]:.4g}" for name in ("us", "baseline_us", "eager_us", "error") if name in row}
         writer.writerow({**row, **rounded})
     return text.getvalue()
 
@@ -67,14 +84,22 @@ def from_csv(text: str) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return a line a shape and number of tokens: microseconds of the baseline, how many times faster the others."""
-    found, peers = times(rows), [name for name in PEERS if any(row["peer"] == name for row in rows)]
+    """Return a line a shape and number of tokens: microseconds of the baseline, how many times faster the others.
+
+    Where the baseline was timed by turns with a peer, the peer is compared with that.
+    """
+    found, beside, peers = (
+        times(rows),
+        times(rows, "baseline_us"),
+        [name for name in PEERS if any(row["peer"] == name for row in rows)],
+    )
     others = [name for name in peers if name != BASELINE]
     body = []
     for shape in dict.fromkeys(key[1:3] for key in found):
         for tokens in sorted({key[3] for key in found if key[1:3] == shape}):
             base = found.get((BASELINE, *shape, tokens))
-            cells = [_cell(found.get((name, *shape, tokens)), base) for name in others]
+            keys = [(name, *shape, tokens) for name in others]
+            cells = [_cell(found.get(key), beside.get(key, base)) for key in keys]
             body.append([f"{shape[0]} x {shape[1]}", str(tokens), "-" if base is None else f"{base:.1f}", *cells])
     notes = {(row["peer"], row["note"]) for row in rows if row.get("note") and not row.get("us")}
     lines = [f"- {peer}: {note}\n" for peer, note in sorted(notes)]

@@ -12,14 +12,15 @@ import functools
 import json
 import math
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton.testing
 
-from benchmarks.gemm.peers import PEERS, ROWS, ROWS_OF, TUNING, Peer
-from benchmarks.timing import eager_seconds, graph_seconds, rotations
+from benchmarks.gemm.peers import BASELINE, LARGE, PEERS, ROWS, ROWS_OF, TUNING, Peer
+from benchmarks.timing import eager_seconds, graph_seconds_by_turns, rotations
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 12288))  # (K, N) of Llama-2-7B: o, gate and up, down, qkv
 SWEEP_S = 0.01  # of calls between two looks at the clock
@@ -46,20 +47,47 @@ def let_tuners_measure(briefly: bool) -> None:
         triton.testing.do_bench = lambda call, **options: (call(), [1.0, 1.0, 1.0])[1]
 
 
-def time_product(peer: Peer, packed: list[Any], plain: torch.Tensor, tokens: int) -> dict[str, Any]:
-    """Return one row: microseconds of one product in a CUDA graph and issued from Python, and its relative error."""
+def few_enough(calls: Sequence[Callable[[], Any]]) -> Sequence[Callable[[], Any]]:
+    """Return as many calls as a sweep needs: two weights are out of the cache where a product takes long."""
+    return calls[: max(2, math.ceil(SWEEP_S / eager_seconds(calls[0], repeats=2)))]
+
+
+def baseline_calls(columns: int, outputs: int, tokens: int) -> Sequence[Callable[[], torch.Tensor]]:
+    """Return calls of the baseline's product over weights that do not stay in the cache."""
+    peer = PEERS[BASELINE]()
+    random = functools.partial(torch.randn, device="cuda", dtype=peer.dtype)
+    return [
+        functools.partial(peer.multiply, random(outputs, columns) * 0.02, random(tokens, columns))
+        for _ in range(rotations(columns * outputs * peer.bits // 8))
+    ]
+
+
+def time_product(peer: Peer, packed: list[Any], plain: torch.Tensor, tokens: int, *, by_turns: bool) -> dict[str, Any]:
+    """Return one row: microseconds of one product in a CUDA graph and issued from Python, and its relative error.
+
+    Args:
+        peer: whose product.
+        packed: weights as the peer packed them, `rotations` of them.
+        plain: `[N, K]`, the first of them.
+        tokens: M.
+        by_turns: time the baseline's product by turns with it, for `baseline_us`.
+    """
     inputs = [torch.randn(tokens, plain.shape[1], device="cuda", dtype=peer.dtype) for _ in packed]
     prepared = [peer.prepare(x) for x in inputs]
-    calls = [functools.partial(peer.multiply, *pair) for pair in zip(packed, prepared, strict=True)]
+    calls: Sequence[Callable[[], torch.Tensor]] = [
+        functools.partial(peer.multiply, *pair) for pair in zip(packed, prepared, strict=True)
+    ]
     row: dict[str, Any] = {}
     if peer.scaled:
         want, got = (inputs[0] @ plain.T).float(), calls[0]().float()
         row["error"] = ((got - want).norm() / want.norm()).item()
-    # A product that takes long needs no more than two weights to keep them out of the cache.
-    calls = calls[: max(2, math.ceil(SWEEP_S / eager_seconds(calls[0], repeats=2)))]
+    calls = few_enough(calls)
     row["eager_us"] = 1e6 * eager_seconds(lambda: [call() for call in calls]) / len(calls)
+    works = [calls]
+    if by_turns:
+        works.append(few_enough(baseline_calls(plain.shape[1], plain.shape[0], tokens)))
     try:
-        row["us"] = 1e6 * graph_seconds(calls)
+        row |= dict(zip(("us", "baseline_us"), (1e6 * found for found in graph_seconds_by_turns(*works)), strict=False))
     except Exception as error:
         row |= {"us": row["eager_us"], "note": f"no CUDA graph: {first_line(error)}"}
     return row
@@ -85,7 +113,7 @@ def measure(name: str, shapes: list[tuple[int, int]], rows: list[int], log: Path
             continue
         for tokens in rows:
             try:
-                row = time_product(peer, packed, plain, tokens)
+                row = time_product(peer, packed, plain, tokens, by_turns=tokens in LARGE and name != BASELINE)
             except Exception as error:
                 row = {"note": first_line(error)}
             append(log, peer=name, K=columns, N=outputs, M=tokens, **row)

@@ -178,6 +178,7 @@ PEERS: dict[str, Callable[[], Peer]] = {
 }
 TUNING = ("gemlite w8a8", "gemlite w4a16")  # compile dozens of kernels a shape before they choose one
 ROWS = (1, 8, 16, 64, 256, 2048, 4096)
+LARGE = (2048, 4096)  # of them, where a product takes all the power that a GPU for servers may draw
 CALIBRATION_ROWS = 1024  # tokens of a calibration step
 ROWS_OF = {
     "ours int8 forward": (CALIBRATION_ROWS,),

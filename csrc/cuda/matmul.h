@@ -28,8 +28,9 @@ struct TileShape {
 // zero_point are bfloat16; scale and zero_point are [N, groups], zero_point and bias may be null. Returns 0, a CUDA error code, or -1
 // for a launch that was not compiled.
 //
-// With `sums`, tiles that are left for fewer than all multiprocessors are split along K between all of them. `sums` are 2 * launch.tokens
-// * max(launch.rows, 128) float32 a multiprocessor, aligned to 16 bytes, `arrivals` an int32 a multiprocessor, 0 before and after.
+// With `sums`, tiles that are left for fewer than all multiprocessors are split along K between all of them. `sums` are
+// 2 * launch.tokens * max(launch.rows, 128) float32 a multiprocessor, aligned to 16 bytes, `arrivals` an int32 a multiprocessor, 0
+// before and after.
 int matmul_int4(const void* x, const void* codes, const void* scale, const int8_t* zero_point, const void* bias, void* out,
                 TileShape shape, TileLaunch launch, float* sums, int* arrivals, void* stream);
 

@@ -51,9 +51,9 @@ struct Runs {
   int* arrivals;  // [split tiles], zero before and after
 };
 
-// A run of a tile's blocks of 256 columns, and what comes after it. A worker is a cluster, whose blocks have neighbouring tiles, a set,
-// and the same columns. Of n workers each takes every n-th set; with kSplit, the sets that are left for fewer than n are cut into n runs
-// of like length: the end of one set and the beginning of the next.
+// A run of a tile's blocks of 256 columns, and what comes after it. A worker is a cluster, whose blocks have neighbouring tiles, a
+// set, and the same columns. Of n workers each takes every n-th set; with kSplit, the sets that are left for fewer than n are cut into
+// n runs of like length: the end of one set and the beginning of the next.
 template <class Cut>
 class Work {
   static constexpr int kCluster = Cut::kCluster;
@@ -160,8 +160,8 @@ class WeightRows {
   int rows_[2];
 };
 
-// What was fetched, ready to be decoded: pairs of half words, and what is subtracted from and multiplied to their weights. Lower half words
-// hold planes 0, 1, 4 and 5, upper ones 2, 3, 6 and 7; where two warp groups share rows, each takes one kind.
+// What was fetched, ready to be decoded: pairs of half words, and what is subtracted from and multiplied to their weights. Lower half
+// words hold planes 0, 1, 4 and 5, upper ones 2, 3, 6 and 7; where two warp groups share rows, each takes one kind.
 template <bool kSharedRows>
 struct Halves {
   uint32_t pairs[kSharedRows ? 1 : 2][2][4];
@@ -360,9 +360,11 @@ __device__ __forceinline__ void multiply_tiles(WeightRows<Cut, kSymmetric> weigh
 #pragma unroll
         for (int product = 0; product < 4; ++product) multiply<kTokens>(sums, left[i % 2][product], right + 2 * product);
         commit_products();
-        finish_products<1>();  // those of the step before: the tensor cores have these while the next ones are made
-        if (before >= 0) release(before);
-        before = stage;
+        if constexpr (!kSharedRows) {  // the step before; the tensor cores have this one while the next one's fragments are made
+          finish_products<1>();
+          if (before >= 0) release(before);
+          before = stage;
+        }
         if (i + 1 < kSteps) {
           here.decode(left[(i + 1) % 2], i + 1);
         } else {  // what is made behind the last block is never multiplied
@@ -370,12 +372,18 @@ __device__ __forceinline__ void multiply_tiles(WeightRows<Cut, kSymmetric> weigh
           next = weight.fetch(min(block + 2, work.end - 1));
           here.decode(left[(i + 1) % 2], 0);
         }
+        if constexpr (kSharedRows) {  // with another step under way, groups that take turns at the steps took a third longer
+          finish_products<0>();
+          release(stage);
+        }
         stage += kStride;
         if (stage >= Cut::kStages) stage -= Cut::kStages, parity ^= 1;
       }
     }
-    finish_products<0>();
-    release(before);
+    if constexpr (!kSharedRows) {
+      finish_products<0>();
+      release(before);
+    }
     const float upper = weight.bias(bias, 0), lower = weight.bias(bias, 1);
     const Work<Cut> done = work;
     work.advance();

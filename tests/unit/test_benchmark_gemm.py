@@ -31,6 +31,13 @@ def test_figures_are_geometric_means_over_shapes_and_tokens() -> None:
     assert figures.figures(rows) == {"serving": {"w4a16_m1_vs_bf16": 4.0}}  # of 2 and 8
 
 
+def test_a_baseline_that_took_turns_with_a_peer_is_what_it_is_compared_with() -> None:
+    rows = [row(peers.BASELINE, m, 8.0) for m in peers.LARGE]
+    rows += [row("ours w8a8", m, 4.0) | {"baseline_us": 10.0} for m in peers.LARGE]
+    assert figures.figures(figures.from_csv(figures.to_csv(rows))) == {"serving": {"w8a8_large_m_vs_bf16": 2.5}}
+    assert f"| 64 x 32 | {peers.LARGE[0]} | 8.0 | 2.50 |" in figures.table(rows)
+
+
 def test_a_figure_without_all_its_rows_is_left_out() -> None:
     complete = [row(name, m, 1.0) for name in (peers.BASELINE, "ours w8a8") for m in (1, 8, 16)]
     assert set(figures.figures(complete)["serving"]) == {"w8a8_small_m_vs_bf16"}
