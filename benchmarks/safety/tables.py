@@ -177,7 +177,7 @@ def _provenance(results: Sequence[Result]) -> str:
     rows: dict[str, list[str]] = {}
     for result in results:
         rows.setdefault(result.commit or "unknown", []).append(_label(result))
-    most = max(rows, key=lambda commit: len(rows[commit]))
+    most = max(rows, key=lambda commit: len(rows[commit]), default="unknown")
     others = "".join(f"; at {commit}: {', '.join(dict.fromkeys(rows[commit]))}" for commit in rows if commit != most)
     machines = sorted(
         {
