@@ -75,6 +75,7 @@ def run_case(bench: Bench, case: Case) -> tuple[list[Row], list[dict[str, Any]]]
     )
     command = [*_launcher(case.gpus), "-m", "benchmarks.calibration.worker", str(folder / "record.json")]
     command += [*(["--profile"] if bench.profile else []), *(["--eager"] if case.extrapolated else [])]
+    command += ["--timed"] if case.timed else []
     command += ["--", *flags, "--device", bench.device.type]
     environment = {**os.environ, **({"QREALIGN_BACKEND": case.backend} if case.backend else {})}
     start = time.perf_counter()
@@ -177,9 +178,14 @@ def full_steps(case: Case, geometry: Geometry, samples: int) -> int:
     return round(epochs * settings.samples / settings.batch_size)
 
 
-def counted_up(seconds: float, steps: int, whole: int, *, once: float) -> float:
-    """Return what `whole` steps take where `steps` took `seconds`, of which `once` do not grow with them."""
-    return once + (seconds - once) * whole / steps
+def counted_up(seconds: float, steps: int, whole: int, *, once: float, step: float | None = None) -> float:
+    """Return what `whole` steps take where `steps` took `seconds`.
+
+    Args:
+        once: of the seconds, those that do not grow with the steps.
+        step: seconds of one step where each was timed; None shares the rest out evenly.
+    """
+    return seconds + (whole - steps) * ((seconds - once) / steps if step is None else step)
 
 
 def _step_figures(bench: Bench, case: Case, records: Sequence[Record]) -> dict[str, Any]:
@@ -188,12 +194,12 @@ def _step_figures(bench: Bench, case: Case, records: Sequence[Record]) -> dict[s
     steps, tokens, positions = (first[name] for name in ("steps", "tokens", "positions"))
     seconds = max(record["spans"]["steps"]["seconds"] for record in records)
     work = count_work(bench.geometry, case.engine, steps=steps, tokens=tokens, positions=positions)
-    # Where every step was waited for, the median leaves out the first, which warms up.
-    step = statistics.median(first["step_seconds"]) if first["step_seconds"] else seconds / steps
-    full = seconds
+    # Where every step was waited for, the median leaves out the first ones, which warm up.
+    timed = statistics.median(first["step_seconds"]) if first["step_seconds"] else None
+    step, full = timed or seconds / steps, seconds
     if _is_short(bench, case):
-        once = 0.0 if first["step_seconds"] else max(record["recording_seconds"] for record in records)
-        full = counted_up(step * steps, steps, full_steps(case, bench.geometry, bench.samples), once=once)
+        once = max(record["recording_seconds"] for record in records)
+        full = counted_up(seconds, steps, full_steps(case, bench.geometry, bench.samples), once=once, step=timed)
     return {
         "full_seconds": full,
         "steps": steps,

@@ -1,6 +1,6 @@
 """One run of `python -m qrealign.run` in a process of its own, with its stages measured.
 
-python -m benchmarks.calibration.worker RECORD.json [--profile] [--eager] -- FLAGS OF qrealign.run
+python -m benchmarks.calibration.worker RECORD.json [--profile] [--eager] [--timed] -- FLAGS OF qrealign.run
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration.worker")
     parser.add_argument("record", type=Path)
     parser.add_argument("--profile", action="store_true", help="list the kernels of the optimizer's steps")
-    parser.add_argument("--eager", action="store_true", help="no recorded steps; every one is waited for and timed")
+    parser.add_argument("--eager", action="store_true", help="no recorded steps")
+    parser.add_argument("--timed", action="store_true", help="every step is waited for and timed")
     parser.add_argument("flags", nargs="+", help="behind --: the flags of qrealign.run")
     args = parser.parse_args(arguments)
     from qrealign.run import main as run
@@ -86,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     observe("qrealign.calibrate.blockwise:BlockwiseCalibrator._train", steps.add_block)
     if args.eager:
         _call_instead_of_recording()
+    if args.timed:
         observe("qrealign.calibrate.parameters:Trainable.step", steps.add_step)
     steps.time_recordings()
     instrument(spans)

@@ -7,7 +7,7 @@ import csv
 import io
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.cpu.paths import PATHS, Call, Layer
 from benchmarks.docs import markdown_table, put_table
-from benchmarks.summary import SUMMARY, commit, record
+from benchmarks.summary import SUMMARY, provenance, record
 from qrealign.files import write_text
 from qrealign_kernels import cpu_linear
 
@@ -111,14 +111,14 @@ def table(timings: Sequence[Timing]) -> str:
     return markdown_table(header, lines, "ll" + "r" * len(columns))
 
 
-def write_csv(path: Path, timings: Sequence[Timing], threads: int) -> None:
-    """Write a line a timing, each with what it was measured on."""
+def write_csv(path: Path, timings: Sequence[Timing], threads: int, stamp: Mapping[str, str]) -> None:
+    """Write a line a timing, each with what it was measured on; `stamp` as `provenance` gave it."""
     about = {
         "threads": threads,
         "isa": cpu_linear.isa(),
         "cpu": processor(),
-        "torch": torch.__version__,
-        "commit": commit(),
+        "torch": stamp["torch"],
+        "commit": stamp["commit"],
     }
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [*asdict(timings[0]), *about], lineterminator="\n")
@@ -153,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    stamp = provenance(f"{processor()}, {options.threads} threads")  # before a file is written and the tree another
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
     timings = [
         timing
@@ -160,14 +161,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for tokens in options.tokens
         for timing in measure(rows, columns, tokens, options.seconds)
     ]
-    write_csv(options.output, timings, options.threads)
+    write_csv(options.output, timings, options.threads, stamp)
     print(table(timings))
     if options.docs is not None:
         put_table(options.docs, TABLE, table(timings))
     if (ratio := headline(timings)) is not None:
         print(f"torch's best / ours, the smaller of M = {HEADLINE[1]}: {ratio:.2f}")
-        device = f"{processor()}, {options.threads} threads"
-        record("serving", {"cpu_int8_linear_vs_torch": round(ratio, 3)}, device=device, path=options.summary)
+        record("serving", {"cpu_int8_linear_vs_torch": round(ratio, 3)}, stamp=stamp, path=options.summary)
     return 0
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.calibration.geometries import GEOMETRIES
 from benchmarks.decode.results import DOCUMENT, RESULTS, publish, read_rows, store_profile, store_rows
-from qrealign.errors import QrealignError
+from qrealign.status import exit_status
 
 WEIGHTS = ("bf16", "w8a8", "w4a16")
 
@@ -43,13 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--only-report", action="store_true", help="measure nothing; tables and figures of what is there"
     )
     options = parser.parse_args(arguments)
-    try:
-        if not options.only_report:
-            _measure(options)
-        print(publish(read_rows(options.results), options.results, options.docs))
-    except QrealignError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_status(lambda: _run(options), interrupted="the rows that were measured are kept")
+
+
+def _run(options: argparse.Namespace) -> int:
+    if not options.only_report:
+        _measure(options)
+    print(publish(read_rows(options.results), options.results, options.docs))
     return 0
 
 

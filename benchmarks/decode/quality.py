@@ -25,11 +25,11 @@ from qrealign.data.encode import ChatEncoder
 from qrealign.data.prompts import read_prompts
 from qrealign.deploy.cache import static_cache
 from qrealign.deploy.load import deploy_model
-from qrealign.errors import QrealignError
 from qrealign.evaluate.perplexity import measure_perplexity
 from qrealign.files import write_text
 from qrealign.models.device import choose_device, compute_dtype
 from qrealign.pack.source import open_packed
+from qrealign.status import exit_status
 
 ROWS, TABLE = "decode-quality.csv", "quality"
 _VARIANTS = {"plain": (None, None), "int8 cache": (8, None), "int8 cache and head": (8, 8)}  # bits of cache and head
@@ -118,16 +118,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if (options.folder is None) != (options.text is None):
         parser.error("give a folder and --text FILE, or neither for the table of what is there")
-    try:
-        if options.folder is not None:
-            device, stamp = choose_device(options.device), provenance()
-            label = options.label or Path(options.folder).name
-            found = measure(options.folder, options.text, device, options.tokens)
-            store(options.results, {"model": label, "tokens": str(options.tokens), **found, **stamp})
-        print(publish(read_rows(options.results), options.docs))
-    except QrealignError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_status(lambda: _run(options), interrupted="rows of models that were measured before are kept")
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.folder is not None:
+        device, stamp = choose_device(options.device), provenance()
+        label = options.label or Path(options.folder).name
+        found = measure(options.folder, options.text, device, options.tokens)
+        store(options.results, {"model": label, "tokens": str(options.tokens), **found, **stamp})
+    print(publish(read_rows(options.results), options.docs))
     return 0
 
 

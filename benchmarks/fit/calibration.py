@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from benchmarks.fit.cases import Case
 from qrealign_kernels import triton_activations as activations
 from qrealign_kernels import triton_gradient_kernels as gradients
+from qrealign_kernels import triton_low_rank as low_rank
+from qrealign_kernels import triton_rotary as rotary
 from qrealign_kernels import triton_weight as weights
 
 _GRID = {"QMIN": -128, "QMAX": 127, "SYMMETRIC": True, "SCALE_KIND": 2, "MIN_SCALE": 2.0**-24}
@@ -187,6 +189,38 @@ CASES = (
     _gate("gate and token, codes, widest", _WIDEST, hot=False),
     _norm_gradients("RMS norm, gradients", (*_FEW, *_NARROW)),
     _norm_gradients("RMS norm, gradients, wide", (*_WIDE, *_WIDEST), hot=False),
+    Case(
+        name="edit, inner products",
+        kernel=low_rank._low_rank_inner_kernel,
+        table="low_rank_inner",
+        types={"grad_ptr": "*bf16", "x_ptr": "*i8"},
+        constants={"HAS_SCALE": True},
+        aligned=("N", "K"),
+    ),
+    Case(
+        name="edit, gradients",
+        kernel=low_rank._low_rank_outer_kernel,
+        table="low_rank_outer",
+        types={"grad_ptr": "*bf16", "x_ptr": "*i8"},
+        aligned=("N", "K"),
+    ),
+    Case(
+        name="heads, turned",
+        kernel=rotary._rotate_heads_kernel,
+        table="rotate_heads",
+        types={name: "*bf16" for name in ("x_ptr", "cos_ptr", "sin_ptr", "out_ptr")},
+        constants={"TRANSPOSED": False, "KIND": 2, "HALF": 64},
+        aligned=(
+            "D",
+            "stride_xb",
+            "stride_xh",
+            "stride_xt",
+            "stride_cosb",
+            "stride_cost",
+            "stride_sinb",
+            "stride_sint",
+        ),
+    ),
     Case(
         name="gate, gradients",
         kernel=activations._silu_mul_bwd_kernel,

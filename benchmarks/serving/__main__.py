@@ -26,6 +26,7 @@ from benchmarks.serving.results import DOCUMENT, RESULTS, describe_storm, publis
 from benchmarks.serving.storm import run_storm
 from benchmarks.summary import provenance
 from qrealign.errors import QrealignError
+from qrealign.status import exit_status
 
 _ADDRESS = re.compile(r"at (http://[^\s/]+)/")
 
@@ -51,19 +52,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, metavar="FILE", help=f"also write the table of {DOCUMENT.name} there")
     parser.add_argument("--only-report", action="store_true", help="measure nothing; the table of what is there")
     options = parser.parse_args(arguments)
-    if not options.only_report and (options.url is None) == (options.start is None):
-        parser.error("give the address of a server, or --start MODEL")
-    try:
-        if not options.only_report:
-            if options.start is None:
-                asyncio.run(_measure(options.url, options))
-            else:
-                with started(options.start, [f"--{flag}" for flag in options.flags]) as url:
-                    asyncio.run(_measure(url, options))
-        print(publish(read_rows(options.results), options.docs))
-    except QrealignError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if [options.url is not None, options.start is not None, options.only_report].count(True) != 1:
+        parser.error("give the address of a server, --start MODEL or --only-report")
+    return exit_status(lambda: _run(options), interrupted="the rows that were measured are kept")
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.start is not None:
+        with started(options.start, [f"--{flag}" for flag in options.flags]) as url:
+            asyncio.run(_measure(url, options))
+    elif not options.only_report:
+        asyncio.run(_measure(options.url, options))
+    print(publish(read_rows(options.results), options.docs))
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import product
-from typing import Any
 
 import torch
 
@@ -34,13 +33,15 @@ def attention_candidates(key: str) -> list[Choice]:
     ]
 
 
-def _buffers(batch: int, groups: int, codes: bool) -> dict[str, Any]:
-    """Return a cache of random keys and values."""
-    shape = (batch, groups, CELLS, HEAD_SIZE)
+def _place(batch: int, groups: int, first: int, codes: bool) -> kernels.CachePlace:
+    """Return a cache of random keys and values whose rows go on at the cell `first`."""
+    shape, cells = (batch, groups, CELLS, HEAD_SIZE), torch.full((1,), first, device="cuda")
     if not codes:
-        return {name: torch.randn(shape, device="cuda", dtype=torch.bfloat16) for name in ("keys", "values")}
-    made = {name: torch.randint(-128, 128, shape, device="cuda", dtype=torch.int8) for name in ("keys", "values")}
-    return made | {name: torch.rand(shape[:3], device="cuda") / 64 for name in ("key_scale", "value_scale")}
+        keys, values = torch.randn(2, *shape, device="cuda", dtype=torch.bfloat16)
+        return kernels.CachePlace(keys, values, cells, CELLS)
+    keys, values = torch.randint(-128, 128, (2, *shape), device="cuda", dtype=torch.int8)
+    key_scale, value_scale = torch.rand(2, *shape[:3], device="cuda") / 64
+    return kernels.CachePlace(keys, values, cells, CELLS, key_scale, value_scale)
 
 
 def attention_calls(batch: int, heads: int, groups: int, codes: bool) -> Calls:
@@ -49,20 +50,14 @@ def attention_calls(batch: int, heads: int, groups: int, codes: bool) -> Calls:
     calls: Calls = []
     for _ in range(count):
         states = torch.randn(batch, heads + 2 * groups, HEAD_SIZE, device="cuda").bfloat16()
-        turn = torch.rand(1, HEAD_SIZE, device="cuda").bfloat16().expand(batch, -1)
         query, key, value = states.split([heads, groups, groups], dim=1)
+        turn = torch.rand(1, HEAD_SIZE, device="cuda").bfloat16().expand(batch, -1)
         calls.append(
             partial(
                 kernels.decode_attention,
-                query,
-                key,
-                value,
-                cos=turn,
-                sin=turn,
-                **_buffers(batch, groups, codes),
-                cells=torch.full((1,), FILLED, device="cuda"),
-                mask=torch.ones(batch, CELLS, device="cuda", dtype=torch.bool),
-                length=CELLS,
+                kernels.TokenStates(query, key, value, turn, turn),
+                _place(batch, groups, FILLED, codes),
+                torch.ones(batch, CELLS, device="cuda", dtype=torch.bool),
                 scaling=HEAD_SIZE**-0.5,
             )
         )
@@ -87,15 +82,9 @@ def prompt_calls(codes: bool) -> Calls:
     return [
         partial(
             kernels.prompt_attention,
-            query,
-            key,
-            value,
-            cos=turn,
-            sin=turn,
-            **_buffers(1, heads, codes),
-            cells=torch.full((1,), PIECE, device="cuda"),
-            mask=seen,
-            length=CELLS,
+            kernels.TokenStates(query, key, value, turn, turn),
+            _place(1, heads, PIECE, codes),
+            seen,
             scaling=HEAD_SIZE**-0.5,
         )
         for _ in range(rotations(4 * heads * PIECE * HEAD_SIZE * (1 if codes else 2)))

@@ -10,27 +10,26 @@ from qrealign_kernels.launches import Choice
 
 SHARED_BYTES = 220 * 2**10  # of a block on a GPU for servers; smaller ones take what fits them, and the default table
 ROW_BYTES = 144  # of a unit of a row in shared memory: kUnitStride in csrc/cuda/device.cuh
-KEYS = {
-    f"m{tokens}{suffix}": (tokens, *shapes)
-    for tokens in (2, 4, 8, 16)
-    for suffix, shapes in (("", (NARROW, LONG)), ("-wide", (WIDE,)))
-}
-HELD_KEYS = {key: shapes if key.endswith("-wide") else shapes[:2] for key, shapes in KEYS.items()}  # but LONG
-TILE_KEYS = {
-    f"m{tokens}{suffix}": (tokens, *shapes)
-    for tokens in (64, 128, 256, 512, 1024, 2048, 4096)
-    for suffix, shapes in (("", (NARROW,)), ("-wide", (WIDE,)), ("-long", (LONG,)))
-}
+KEYS, TILE_KEYS = (
+    {
+        f"m{tokens}{suffix}": (tokens, shape)
+        for tokens in numbers
+        for suffix, shape in (("", NARROW), ("-wide", WIDE), ("-long", LONG))
+    }
+    for numbers in ((2, 4, 8, 16), (64, 128, 256, 512, 1024, 2048, 4096))
+)
+HELD_KEYS = {key: arguments for key, arguments in KEYS.items() if not key.endswith("-long")}
 TILES = (
-    *((64, 1, 1, 0), (128, 1, 1, 0), (128, 1, 2, 0), (128, 0, 1, 0), (256, 0, 1, 0), (256, 0, 2, 0)),
-    *((128, 1, 1, 1), (128, 0, 1, 1), (256, 0, 1, 1)),
+    *((64, 64, 1, 0), (128, 64, 1, 0), (128, 64, 1, 1), (128, 64, 2, 0), (128, 128, 1, 0), (128, 128, 1, 1)),
+    *((128, 192, 1, 0), (128, 192, 1, 1), (128, 192, 2, 0), (128, 192, 2, 1)),
+    *((256, 128, 1, 0), (256, 128, 1, 1), (256, 128, 2, 0), (256, 128, 2, 1)),
 )
 
 
 def tile_candidates(key: str) -> list[Choice]:
     """Return every tile that was compiled and that the tokens fill at least by half."""
     tokens = int(key.partition("-")[0][1:])
-    names = ("TOKENS", "SHARED_ROWS", "CLUSTER", "SPLIT")
+    names = ("TOKENS", "ROWS", "CLUSTER", "SPLIT")
     return [dict(zip(names, cut, strict=True)) for cut in TILES if cut[0] <= 2 * tokens]
 
 

@@ -23,7 +23,7 @@ GEMV_KEYS = {"k4096": (1, NARROW), "k4096-wide": (1, WIDE), "k16384": (1, LONG)}
 FEW_KEYS = {
     f"m{tokens}{suffix}": (tokens, *shapes)
     for tokens in (2, 4, 8, 16, 32, 64)
-    for suffix, shapes in (("", (NARROW, LONG)), ("-wide", (WIDE,)))
+    for suffix, shapes in (("", (NARROW, LONG)), ("-wide", (WIDE,)), ("-long", (LONG,)))
 }
 TILE_KEYS = {f"m{tokens}": (tokens, NARROW, WIDE, LONG) for tokens in (32, 64, 128, 256, 512, 1024, 2048, 4096)}
 
@@ -73,9 +73,9 @@ def int8_few_candidates(key: str) -> list[Choice]:
     """Return tiles whose stages fit the shared memory of a GPU for servers."""
     tokens = triton_linear.few_tokens(key)["BLOCK_M"]
     return [
-        {"SPLIT": split, "BLOCK_N": rows, "BLOCK_K": k, "AHEAD": ahead, "num_warps": split, "num_stages": stages}
-        for split, rows, k, ahead, stages in itertools.product((4, 8), (16, 32), (128, 256), (0, 16, 32), (3, 4))
-        if split * (rows + tokens) * k * stages <= 2**18
+        {"SPLIT": split, "BLOCK_N": rows, "BLOCK_K": k, "AHEAD": 0, "num_warps": warps, "num_stages": stages}
+        for split, rows, k, warps, stages in itertools.product((2, 4, 8), (16, 32), (64, 128, 256), (4, 8), (3, 4, 6))
+        if warps >= split and 2**16 <= split * (rows + tokens) * k * stages <= 2**18
     ]
 
 

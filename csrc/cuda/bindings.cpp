@@ -53,11 +53,11 @@ void quantize_tokens(int element, uintptr_t x, uintptr_t codes, uintptr_t scale,
 }
 
 void matmul_int4(uintptr_t x, uintptr_t codes, uintptr_t scale, uintptr_t zero_point, uintptr_t bias, uintptr_t out, int tokens,
-                 int rows, int columns, int row_bytes, int groups, int tile_tokens, bool shared_rows, int cluster, uintptr_t sums,
+                 int rows, int columns, int row_bytes, int groups, int tile_tokens, int tile_rows, int cluster, uintptr_t sums,
                  uintptr_t arrivals, uintptr_t stream) {
   check(qrealign::matmul_int4(pointer<void>(x), pointer<void>(codes), pointer<void>(scale), pointer<int8_t>(zero_point),
                               pointer<void>(bias), pointer<void>(out), {tokens, rows, columns, row_bytes, groups},
-                              {tile_tokens, shared_rows, cluster}, pointer<float>(sums), pointer<int>(arrivals), pointer<void>(stream)));
+                              {tile_tokens, tile_rows, cluster}, pointer<float>(sums), pointer<int>(arrivals), pointer<void>(stream)));
 }
 
 }  // namespace

@@ -260,25 +260,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     stage = stage + 1 == kStages ? 0 : stage + 1;
     if (tile + static_cast<int>(gridDim.x) < tiles) read_scales(tile + gridDim.x);
 
-    // Two places by turns: one barrier a tile keeps a warp from writing where another still reads.
-    float* const place = all + turn * warps * kTokens * kPitch;
-    turn ^= 1;
-#pragma unroll
-    for (int i = 0; i < kTokenTiles * 4; ++i) {
-      const int token = i / 4 * kTileTokens + 2 * t + i % 2;
-      place[(warp * kTokens + token) * kPitch + i % 4 / 2 * 8 + g] = totals[i / 4][i % 4];
-    }
-    __syncthreads();
-    // Other warps by turns: those that add come last to the next tile.
-    for (int i = (threadIdx.x + turn * blockDim.x / 2) % blockDim.x; i < kTileRows * shape.tokens; i += blockDim.x) {
-      const int token = i / kTileRows, row = tile * kTileRows + i % kTileRows;
-      if (row >= shape.rows) continue;
-      float total = 0.0f;
-#pragma unroll 8
-      for (int w = 0; w < warps; ++w) total += place[(w * kTokens + token) * kPitch + i % kTileRows];
+    add_over_warps(totals, all, turn, tile, shape, [&](int row, int token, float total) {
       if (bias) total += to_float(bias[row]);
       out[static_cast<size_t>(token) * shape.rows + row] = from_float<T>(total);
-    }
+    });
   }
 }
 

@@ -202,24 +202,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
 
-    // Two places by turns: one barrier a tile keeps a warp from writing where another still reads.
-    int* const place = all + turn * warps * kTokens * kPitch;
-    turn ^= 1;
-#pragma unroll
-    for (int i = 0; i < kTokenTiles * 4; ++i) {
-      const int token = i / 4 * kTileTokens + 2 * t + i % 2;
-      place[(warp * kTokens + token) * kPitch + i % 4 / 2 * 8 + g] = sums[i / 4][i % 4];
-    }
-    __syncthreads();
-    // Other warps by turns: those that add come last to the next tile.
-    for (int i = (threadIdx.x + turn * blockDim.x / 2) % blockDim.x; i < kTileRows * shape.tokens; i += blockDim.x) {
-      const int token = i / kTileRows, row = tile * kTileRows + i % kTileRows;
-      if (row >= shape.rows) continue;
-      int sum = 0;
-#pragma unroll 8
-      for (int w = 0; w < warps; ++w) sum += place[(w * kTokens + token) * kPitch + i % kTileRows];
+    add_over_warps(sums, all, turn, tile, shape, [&](int row, int token, int sum) {
       store_scaled(sum, row, token, x_scale, scale_element, scale, bias, out, shape);
-    }
+    });
   }
 }
 

@@ -131,6 +131,33 @@ __device__ const Sum* sum_over_warps(const Sum (&sums)[kRowTiles][kTokenTiles][4
   return all;
 }
 
+// Adds the warps' sums of one of the tiles that a block walks over, in their order, and lets `store` have each total with its row of the
+// weight and its token. `all` are [2][warps][tokens of the tile][kPitch]: two places by turns, so that one barrier a tile keeps a warp
+// from writing where another still reads.
+template <typename Sum, int kTokenTiles, typename Store>
+__device__ __forceinline__ void add_over_warps(const Sum (&sums)[kTokenTiles][4], Sum* all, int& turn, int tile,
+                                               const DecodeShape& shape, Store store) {
+  constexpr int kTokens = kTokenTiles * kTileTokens;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, g = lane / 4, t = lane % 4;
+  Sum* const place = all + turn * warps * kTokens * kPitch;
+  turn ^= 1;
+#pragma unroll
+  for (int i = 0; i < kTokenTiles * 4; ++i) {
+    const int token = i / 4 * kTileTokens + 2 * t + i % 2;
+    place[(warp * kTokens + token) * kPitch + i % 4 / 2 * 8 + g] = sums[i / 4][i % 4];
+  }
+  __syncthreads();
+  // Other warps by turns: those that add come last to the next tile.
+  for (int i = (threadIdx.x + turn * blockDim.x / 2) % blockDim.x; i < kTileRows * shape.tokens; i += blockDim.x) {
+    const int token = i / kTileRows, row = tile * kTileRows + i % kTileRows;
+    if (row >= shape.rows) continue;
+    Sum total = 0;
+#pragma unroll 8
+    for (int w = 0; w < warps; ++w) total += place[(w * kTokens + token) * kPitch + i % kTileRows];
+    store(row, token, total);
+  }
+}
+
 // What a block needs: its warps' streams, later their sums.
 inline int shared_bytes(int warps, int rows, int stages, int tokens) {
   const int streams = rows * kUnitStride * stages, sums = rows * tokens * static_cast<int>(sizeof(float));

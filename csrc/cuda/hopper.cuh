@@ -61,12 +61,6 @@ __device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap* map, B
   }
 }
 
-__device__ __forceinline__ int block_of_cluster() {
-  int rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
 // Meets all threads of a cluster; whole warps call it.
 __device__ __forceinline__ void meet_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -80,7 +74,12 @@ __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address) {
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void finish_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+// Waits until no more than the last `kLeft` groups of products are under way.
+template <int kLeft>
+__device__ __forceinline__ void finish_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+}
 
 // sums += left [64, 16] @ right [kWidth, 16].T in bfloat16, by a warp group. `left` are this thread's fragments, `right` a descriptor.
 template <int kWidth>

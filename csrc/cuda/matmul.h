@@ -8,11 +8,11 @@
 
 namespace qrealign {
 
-// Tiles of `tokens` tokens. Two warp groups work on each: on 64 rows of the weight apiece, or (`shared_rows`) on the same 64 and half
-// of the columns apiece. `cluster` blocks of neighbouring rows fetch their tokens together.
+// Tiles of `tokens` tokens by `rows` of the weight: a warp group works on 64 rows, or two on the same 64 (rows = 64) and half of the
+// columns apiece. `cluster` blocks of neighbouring rows fetch their tokens together.
 struct TileLaunch {
   int tokens;
-  bool shared_rows;
+  int rows;
   int cluster;
 };
 
@@ -28,8 +28,8 @@ struct TileShape {
 // zero_point are bfloat16; scale and zero_point are [N, groups], zero_point and bias may be null. Returns 0, a CUDA error code, or -1
 // for a launch that was not compiled.
 //
-// With `sums`, tiles that are left for fewer than all multiprocessors are split along K between all of them; without clusters. `sums`
-// are 256 * launch.tokens float32 a multiprocessor, aligned to 16 bytes, `arrivals` an int32 a multiprocessor, 0 before and after.
+// With `sums`, tiles that are left for fewer than all multiprocessors are split along K between all of them. `sums` are 2 * launch.tokens
+// * max(launch.rows, 128) float32 a multiprocessor, aligned to 16 bytes, `arrivals` an int32 a multiprocessor, 0 before and after.
 int matmul_int4(const void* x, const void* codes, const void* scale, const int8_t* zero_point, const void* bias, void* out,
                 TileShape shape, TileLaunch launch, float* sums, int* arrivals, void* stream);
 

@@ -5,10 +5,14 @@ from qrealign_kernels.backend import build_info, use_backend
 from qrealign_kernels.block_ops import add_rms_norm, add_rms_norm_quantize, gather_rows, silu_mul
 from qrealign_kernels.calibration_ops import (
     encode_weight,
+    low_rank_gradients,
     reduced_weight_gradient,
     rms_norm_fake_quant,
+    rms_norm_gradients,
     rms_norm_quantize,
+    rotate_heads,
     silu_mul_fake_quant,
+    silu_mul_gradients,
     silu_mul_quantize,
 )
 from qrealign_kernels.interface import BackendUnavailableError
@@ -25,11 +29,14 @@ from qrealign_kernels.ops import (
     unpack_int4,
 )
 from qrealign_kernels.quantized import PackedWeight, QuantizedActivations
+from qrealign_kernels.reference_attention import CachePlace, TokenStates
 
 __all__ = [
     "BackendUnavailableError",
+    "CachePlace",
     "PackedWeight",
     "QuantizedActivations",
+    "TokenStates",
     "add_rms_norm",
     "add_rms_norm_quantize",
     "build_info",
@@ -41,6 +48,7 @@ __all__ = [
     "gather_rows",
     "int8_matmul",
     "int8_matmul_dx",
+    "low_rank_gradients",
     "pack_codes",
     "pack_int4",
     "packed_linear",
@@ -50,9 +58,12 @@ __all__ = [
     "reduced_weight_gradient",
     "repack_weight",
     "rms_norm_fake_quant",
+    "rms_norm_gradients",
     "rms_norm_quantize",
+    "rotate_heads",
     "silu_mul",
     "silu_mul_fake_quant",
+    "silu_mul_gradients",
     "silu_mul_quantize",
     "unpack_codes",
     "unpack_int4",

@@ -28,7 +28,7 @@ class FakeQuantWeightFunction(torch.autograd.Function):
         backend: Backend,
     ) -> Tensor:
         rows = weight.reshape(-1, group_size or weight.shape[1])
-        # The sigmoid is torch's on every backend: a kernel's own differs in the last bit, and then codes would, too.
+        # The sigmoid is torch's, since one of C++ would differ in the last bit, and with it codes.
         shares = [
             None if logit is None else torch.sigmoid(logit.float()).reshape(-1, 1) for logit in (low_logit, high_logit)
         ]

@@ -89,3 +89,18 @@ class SiluMulFakeQuantFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *ctx.backend.silu_mul_gradients(grad, *ctx.saved_tensors), None, None
+
+
+class RotateHeadsFunction(torch.autograd.Function):
+    """`rotate_heads_ref`, keeping the angles alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, backend: Backend) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.backend = backend
+        return backend.rotate_heads(x, cos, sin, transposed=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.backend.rotate_heads(grad, *ctx.saved_tensors, transposed=True), None, None, None

@@ -8,7 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qrealign_kernels.autograd_calibration import RmsNormFakeQuantFunction, SiluMulFakeQuantFunction
+from qrealign_kernels.autograd_calibration import (
+    RmsNormFakeQuantFunction,
+    RotateHeadsFunction,
+    SiluMulFakeQuantFunction,
+)
 from qrealign_kernels.backend import backend_for
 from qrealign_kernels.operators import opaque
 from qrealign_kernels.ops import check_activation, check_transform, check_weight, empty_codes
@@ -119,6 +123,44 @@ def reduced_weight_gradient(
         )
 
 
+def low_rank_gradients(
+    grad: Tensor, x: Tensor, left: Tensor, right: Tensor, x_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the factors of an edit `left @ right` of a linear layer's weight, straight through its
+    rounding; the gradient of the weight itself, `[N, K]`, is never formed.
+
+    Args:
+        grad: `[M, N]` floating point, gradient of the layer's output.
+        x: `[M, K]` floating point, the layer's input as the product took it, or its int8 codes.
+        left: `[N, r]` floating point.
+        right: `[r, K]` floating point.
+        x_scale: `[M, 1]` float32; comes with codes.
+
+    Returns:
+        `[N, r]` and `[r, K]` in the factors' dtypes, accumulated in float32; a backend may round operands and inner
+        products to grad's dtype first.
+
+    Raises:
+        ValueError: shapes disagree, or codes come without their scale.
+        BackendUnavailableError: the backend chosen by name cannot take these tensors.
+    """
+    shapes = (grad.shape, x.shape, left.shape, right.shape)
+    if any(len(shape) != 2 for shape in shapes) or shapes != (
+        (grad.shape[0], left.shape[0]),
+        (grad.shape[0], right.shape[1]),
+        (left.shape[0], right.shape[0]),
+        (left.shape[1], right.shape[1]),
+    ):
+        raise ValueError(
+            "grad, x, left and right must be [M, N], [M, K], [N, r] and [r, K], got "
+            + ", ".join(str(tuple(shape)) for shape in shapes)
+        )
+    if x.is_floating_point() != (x_scale is None) or (x_scale is not None and x_scale.shape != (x.shape[0], 1)):
+        raise ValueError("codes come with a scale [M, 1], floating point values without one")
+    with torch.no_grad():
+        return backend_for(grad).low_rank_gradients(grad, x, left, right, x_scale)
+
+
 def rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, num_bits: int = 8
 ) -> QuantizedActivations:
@@ -163,6 +205,25 @@ def rms_norm_fake_quant(x: Tensor, weight: Tensor, eps: float, *, offset: float 
     return fake
 
 
+def rms_norm_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `rms_norm_fake_quant` in x and weight, for those who keep codes of its result alone.
+
+    Args:
+        grad: `[..., K]` floating point, gradient of the result.
+
+    The other arguments, and the errors, are those of `rms_norm_quantize`.
+
+    Returns:
+        Gradients in the shapes and dtypes of x and weight.
+    """
+    check_norm(x, weight)
+    _check_gradient(grad, x)
+    with torch.no_grad():
+        return backend_for(x).rms_norm_gradients(grad, x, weight, eps, offset=offset)
+
+
 def silu_mul_quantize(gate: Tensor, up: Tensor, *, num_bits: int = 8) -> QuantizedActivations:
     """Quantize `silu(gate) * up` per token, as a gated MLP computes it, in one pass. No gradient.
 
@@ -200,6 +261,49 @@ def silu_mul_fake_quant(gate: Tensor, up: Tensor, *, num_bits: int = 8) -> Tenso
     return fake
 
 
+def silu_mul_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `silu_mul_fake_quant` in gate and up, for those who keep codes of its result alone.
+
+    Args:
+        grad: `[..., K]` floating point, gradient of the result.
+
+    The other arguments, and the errors, are those of `silu_mul_quantize`.
+
+    Returns:
+        Gradients in the shapes and dtype of gate and up.
+    """
+    check_gate(gate, up)
+    _check_gradient(grad, gate)
+    with torch.no_grad():
+        return backend_for(gate).silu_mul_gradients(grad, gate, up)
+
+
+def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn queries or keys by their positions, as Hugging Face's models do: `x * cos + rotate_half(x) * sin`.
+
+    Args:
+        x: `[B, H, T, D]` float32, float16 or bfloat16, D even.
+        cos: `[B or 1, T, D]` in x's dtype; gets no gradient, nor does `sin`.
+        sin: the same.
+
+    Returns:
+        `[B, H, T, D]` in x's dtype, bit for bit that of the operations one by one; differentiable in x.
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit.
+        BackendUnavailableError: the backend chosen by name cannot take these tensors.
+    """
+    batch, _, tokens, width = x.shape if x.dim() == 4 else (0, 0, 0, 1)
+    angles = {cos.shape, sin.shape} <= {(1, tokens, width), (batch, tokens, width)}
+    if width % 2 or not angles or {cos.dtype, sin.dtype} != {x.dtype} or not x.is_floating_point():
+        raise ValueError(
+            "heads must be [B, H, T, D] with D even, cos and sin [B or 1, T, D] of their dtype, got "
+            f"{tuple(x.shape)} {x.dtype}, {tuple(cos.shape)} {cos.dtype} and {tuple(sin.shape)} {sin.dtype}"
+        )
+    turned: Tensor = RotateHeadsFunction.apply(x, cos, sin, backend_for(x))
+    return turned
+
+
 def _rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, offset: float, num_bits: int) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         return backend_for(x).rms_norm_quantize(x, weight, eps, offset=offset, num_bits=num_bits)
@@ -230,3 +334,8 @@ def check_gate(gate: Tensor, up: Tensor, num_bits: int = 8) -> None:
         raise ValueError(f"gate and up disagree: {tuple(gate.shape)} vs {tuple(up.shape)}")
     if gate.dtype != up.dtype:
         raise TypeError(f"gate and up must have one dtype, got {gate.dtype} and {up.dtype}")
+
+
+def _check_gradient(grad: Tensor, like: Tensor) -> None:
+    if grad.shape != like.shape or not grad.is_floating_point():
+        raise ValueError(f"grad must be {tuple(like.shape)} floating point, got {tuple(grad.shape)} {grad.dtype}")

@@ -3,7 +3,7 @@
 What it beats is a dequantized copy and the library's product. It is for GPUs of compute capability 9.0, bfloat16 tokens
 and scales, groups of 128 times a power of two or whole rows. Keys of the launch table `cuda_int4_tile` are those of
 `triton_linear`: the number of tokens rounded up to a power of two, "m32" to "m8192", and what `launches.by_shape` puts
-behind it. A choice gives TOKENS, SHARED_ROWS and CLUSTER of csrc/cuda/matmul.h, and in SPLIT whether tiles that are
+behind it. A choice gives TOKENS, ROWS and CLUSTER of csrc/cuda/matmul.h, and in SPLIT whether tiles that are
 left for fewer than all multiprocessors are split between them. Everything else goes to Triton.
 """
 
@@ -47,12 +47,13 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Ten
     stream = cuda.stream_of(out.device)
     sums = arrivals = None
     if launch["SPLIT"]:
-        sums = torch.empty(multiprocessors(out.device), 256 * launch["TOKENS"], dtype=torch.float32, device=out.device)
+        places = 2 * launch["TOKENS"] * max(launch["ROWS"], 128)
+        sums = torch.empty(multiprocessors(out.device), places, dtype=torch.float32, device=out.device)
         arrivals = _arrivals(out.device, stream)
     cuda.extension().matmul_int4(
         *(0 if tensor is None else tensor.data_ptr() for tensor in pointers),
         *(x.shape[0], *weight.shape, weight.data.shape[1] * weight.data.element_size(), weight.groups),
-        *(launch["TOKENS"], bool(launch["SHARED_ROWS"]), launch["CLUSTER"]),
+        *(launch["TOKENS"], launch["ROWS"], launch["CLUSTER"]),
         *(0 if tensor is None else tensor.data_ptr() for tensor in (sums, arrivals)),
         stream,
     )

@@ -50,12 +50,14 @@ class Backend:
     fake_quant_edited_weight: Callable[..., tuple[Tensor, Tensor | None]] | None
     edited_weight_gradients: Callable[..., WeightGradients] | None
     reduced_weight_gradient: Callable[..., WeightGradients]
+    low_rank_gradients: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
     rms_norm_quantize: Callable[..., tuple[Tensor, Tensor]]
     rms_norm_fake_quant: Callable[..., Tensor]
     rms_norm_gradients: Callable[..., tuple[Tensor, Tensor]]
     silu_mul_quantize: Callable[..., tuple[Tensor, Tensor]]
     silu_mul_fake_quant: Callable[..., Tensor]
     silu_mul_gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    rotate_heads: Callable[..., Tensor]
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     add_rms_norm_quantize: Callable[..., tuple[Tensor, Tensor, Tensor]]
     silu_mul: Callable[[Tensor, Tensor], Tensor]
@@ -81,12 +83,14 @@ REFERENCE = Backend(
     fake_quant_edited_weight=None,
     edited_weight_gradients=None,
     reduced_weight_gradient=reference_calibration.reduced_weight_gradient_ref,
+    low_rank_gradients=reference_calibration.low_rank_gradients_ref,
     rms_norm_quantize=reference_calibration.rms_norm_quantize_ref,
     rms_norm_fake_quant=reference_calibration.rms_norm_fake_quant_ref,
     rms_norm_gradients=reference_calibration.rms_norm_gradients,
     silu_mul_quantize=reference_calibration.silu_mul_quantize_ref,
     silu_mul_fake_quant=reference_calibration.silu_mul_fake_quant_ref,
     silu_mul_gradients=reference_calibration.silu_mul_gradients,
+    rotate_heads=reference_calibration.rotate_heads_ref,
     add_rms_norm=reference_block.add_rms_norm_ref,
     add_rms_norm_quantize=reference_block.add_rms_norm_quantize_ref,
     silu_mul=reference_calibration.silu_mul_ref,

@@ -1,9 +1,9 @@
 """Launch choices of the Triton kernels: one committed table per GPU class, made by `benchmarks/tune.py`.
 
 A table is `launch_tables/<class>.json`: kernel name -> key -> tile sizes, warps and stages. A kernel's own module says
-what its keys mean; a key that a table lacks is answered by the key without its last "-suffix", in the end by the key
-"default", and the class "default" every GPU that has
-no table. Nothing is read, and no device asked, before the first launch.
+what its keys mean. Where a table lacks a key, the key without its last "-suffix" answers, in the end the key "default";
+where a GPU has no table, or its table lacks the kernel, that of the class "default". Nothing is read, and no device
+asked, before the first launch.
 """
 
 from __future__ import annotations

@@ -168,6 +168,32 @@ def reduced_weight_gradient_ref(
     return WeightGradients(**dict(zip(wanted, found, strict=True)))
 
 
+def low_rank_gradients_ref(
+    grad: Tensor, x: Tensor, left: Tensor, right: Tensor, x_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the factors of an additive edit `left @ right` of a linear layer's weight.
+
+    The gradient of the weight, `dW = grad.T @ x` `[N, K]`, is never formed: `d_left = dW right.T = grad.T (x right.T)`
+    and `d_right = left.T dW = (grad left).T x` take `r / K` and `r / N` of its work.
+
+    Args:
+        grad: `[M, N]` floating point, gradient of the layer's output.
+        x: `[M, K]` in grad's dtype, what the product read, or its int8 codes.
+        left: `[N, r]` floating point.
+        right: `[r, K]` floating point.
+        x_scale: `[M, 1]` float32, units of a code, where `x` holds codes.
+
+    Returns:
+        The gradients in the factors' shapes and dtypes; operands and both inner products are rounded to grad's dtype.
+    """
+    dtype = grad.dtype
+    x = x.to(dtype)
+    into, out_of = x @ right.T.to(dtype), grad @ left.to(dtype)  # [M, r]
+    if x_scale is not None:
+        into, out_of = (into * x_scale).to(dtype), (out_of * x_scale).to(dtype)
+    return (grad.T @ into).to(left.dtype), (out_of.T @ x).to(right.dtype)
+
+
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
     """Normalize each token by its root mean square, in float32, and scale it: Hugging Face's norms.
 
@@ -236,3 +262,24 @@ def silu_mul_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
     share = torch.sigmoid(wide)
     grad_gate = grad * up.float() * share * (1 + wide * (1 - share))
     return grad_gate.to(gate.dtype), (grad * wide * share).to(up.dtype)
+
+
+def rotate_heads_ref(x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool = False) -> Tensor:
+    """Turn each head by its token's position, as Hugging Face's models do: `x * cos + rotate_half(x) * sin`.
+
+    Args:
+        x: `[B, H, T, D]`, D even.
+        cos, sin: `[B or 1, T, D]`.
+        transposed: apply the transpose instead, which takes the gradient of the result to that of x.
+
+    Returns:
+        `[B, H, T, D]` in x's dtype, every operation rounded to it.
+
+    Source: rotary position embedding, arXiv 2104.09864, with halves in the place of neighbours.
+    """
+    cos, sin = cos[:, None], sin[:, None]
+    if transposed:
+        first, second = (x * sin).chunk(2, dim=-1)
+        return x * cos + torch.cat([second, -first], dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

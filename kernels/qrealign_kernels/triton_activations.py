@@ -163,6 +163,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def code_constants(num_bits: int, device: torch.device, *, codes: bool) -> dict[str, object]:
+    """Return what kernels that round tokens are compiled for, tiles aside: to codes, or to what codes stand for."""
     qmin, qmax = code_range(num_bits)
     return {
         "CODES": codes,

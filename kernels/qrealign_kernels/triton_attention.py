@@ -6,6 +6,8 @@ widened in registers: codes are exact in bfloat16, a key's scale multiplies its 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from qrealign_kernels import launches, reference_attention
 from qrealign_kernels.reference import ZERO_SCALE_REPLACEMENT, code_range
+from qrealign_kernels.reference_attention import CachePlace, TokenStates
 from qrealign_kernels.triton_common import on_device_of
 from qrealign_kernels.triton_math import (
     FLOAT_KINDS,
@@ -286,149 +289,75 @@ def _prompt_attention_fwd_kernel(
     tl.store(out, convert(b_out, out_ptr.dtype.element_ty), mask=m_q)
 
 
-def decode_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    cells: Tensor,
-    mask: Tensor | None,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    *,
-    length: int,
-    scaling: float,
-    advance: bool,
-) -> Tensor:
+def decode_attention(states: TokenStates, place: CachePlace, mask: Tensor | None, scaling: float) -> Tensor:
     """Compute `reference_attention.decode_attention_ref`."""
-    batch, heads, size = query.shape
-    groups = key.shape[1]
+    batch, heads, size = states.query.shape
+    groups = states.key.shape[1]
     if heads // groups > MOST_HEADS or batch == 0:
-        return reference_attention.decode_attention_ref(
-            query, key, value, cos, sin, keys, values, cells, mask, key_scale, value_scale,
-            length=length, scaling=scaling, advance=advance,
-        )  # fmt: skip
-    query, key, value = (_heads_together(states) for states in (query, key, value))
-    codes = "" if key_scale is None else "-codes"
-    name = f"p{triton.next_power_of_2(batch * groups)}{codes}"
-    choice = _fitting(launches.choice("decode_attention", name, query.device), query)
+        return reference_attention.decode_attention_ref(states, place, mask, scaling)
+    query, key, value, cos, sin = states = _together(states)
+    cells, device = place.cells, query.device
+    codes = "" if place.key_scale is None else "-codes"
+    key_of_launch = f"p{triton.next_power_of_2(batch * groups)}{codes}"
+    choice = _fitting(launches.choice("decode_attention", key_of_launch, device), query)
     splits = choice["SPLITS"]
-    part = torch.empty(batch * heads * splits, size, dtype=torch.float32, device=query.device)
-    top, total = torch.empty(2, batch * heads * splits, dtype=torch.float32, device=query.device)
-    out = torch.empty(batch, heads, size, dtype=query.dtype, device=query.device)
-    shape = {"D": size, "DP": _padded(size)}
+    part = torch.empty(batch * heads * splits, size, dtype=torch.float32, device=device)
+    top, total = torch.empty(2, batch * heads * splits, dtype=torch.float32, device=device)
+    out = torch.empty(batch, heads, size, dtype=query.dtype, device=device)
     with on_device_of(query):
         _decode_attention_fwd_kernel[(batch * groups, splits)](
-            query,
-            key,
-            value,
-            cos,
-            sin,
-            keys,
-            values,
-            *_scales(keys, values, key_scale, value_scale),
-            cells,
-            cells if mask is None else mask,
-            part,
-            top,
-            total,
-            length,
-            scaling,
-            query.stride(0),
-            key.stride(0),
-            value.stride(0),
-            cos.stride(0),
-            sin.stride(0),
-            *keys.stride()[:3],
-            *values.stride()[:3],
-            keys.shape[2],
-            0 if len(cells) == 1 else cells.stride(0),
-            0 if mask is None else mask.stride(0),
-            HEADS=groups,
-            GROUP=heads // groups,
-            GROUP_P=max(_LEAST_ROWS, triton.next_power_of_2(heads // groups)),
-            HAS_MASK=mask is not None,
-            CODES=key_scale is not None,
-            KIND=FLOAT_KINDS[query.dtype],
-            enable_fp_fusion=FP_FUSION,
-            **shape,
-            **overlap(query.device),
-            **choice,
-        )
+            query, key, value, cos, sin, *_buffers(place), cells, cells if mask is None else mask, part, top, total,
+            place.length, scaling, query.stride(0), key.stride(0), value.stride(0), cos.stride(0), sin.stride(0),
+            *_cache_strides(place), 0 if len(cells) == 1 else cells.stride(0), 0 if mask is None else mask.stride(0),
+            GROUP=heads // groups, GROUP_P=max(_LEAST_ROWS, triton.next_power_of_2(heads // groups)),
+            HAS_MASK=mask is not None, **_constants(states, place), **choice,
+        )  # fmt: skip
         _join_attention_fwd_kernel[(batch * heads,)](
-            part, top, total, out, cells, ADVANCE=advance, SPLITS=splits, **shape, **overlap(query.device),
-            **launches.choice("join_attention", launches.DEFAULT, query.device),
+            part, top, total, out, cells, D=size, DP=_padded(size), ADVANCE=place.advance, SPLITS=splits,
+            **overlap(device), **launches.choice("join_attention", launches.DEFAULT, device),
         )  # fmt: skip
     return out
 
 
-def prompt_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    cells: Tensor,
-    mask: Tensor | None,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    rows: Tensor | None,
-    *,
-    length: int,
-    scaling: float,
-    advance: bool,
-) -> Tensor:
+def prompt_attention(states: TokenStates, place: CachePlace, mask: Tensor | None, scaling: float) -> Tensor:
     """Compute `reference_attention.prompt_attention_ref`."""
-    batch, tokens, heads, size = query.shape
-    groups = key.shape[2]
-    out = torch.empty(batch, tokens, heads, size, dtype=query.dtype, device=query.device)
+    batch, tokens, heads, size = states.query.shape
+    groups = states.key.shape[2]
+    out = torch.empty(batch, tokens, heads, size, dtype=states.query.dtype, device=states.query.device)
     if out.numel() == 0:
         return out
-    query, key, value = (_heads_together(states) for states in (query, key, value))
-    cos, sin = (turn if turn.stride(2) == 1 else turn.contiguous() for turn in (cos, sin))
-    choice = _fitting(
-        launches.choice("prompt_attention", "codes" if key_scale is not None else "plain", query.device), query
-    )
-    scales = _scales(keys, values, key_scale, value_scale)
+    query, key, value, cos, sin = states = _together(states)
+    cells, device = place.cells, query.device
+    codes = "plain" if place.key_scale is None else "codes"
+    choice = _fitting(launches.choice("prompt_attention", codes, device), query)
+    rows = cells if place.rows is None else place.rows  # not read where there are none
     turns = (*cos.stride()[:2], *sin.stride()[:2])
-    buffers = (*keys.stride()[:3], *values.stride()[:3], keys.shape[2], 0 if cells.dim() == 1 else cells.stride(0))
-    common = {
-        "HEADS": groups,
-        "D": size,
-        "DP": _padded(size),
-        "FROM_FIRST": cells.dim() == 1,
-        "HAS_ROWS": rows is not None,
-        "CODES": key_scale is not None,
-        "KIND": FLOAT_KINDS[query.dtype],
-        "enable_fp_fusion": FP_FUSION,
-        **overlap(query.device),
-    }
-    chosen_rows = cells if rows is None else rows
+    strides = (*_cache_strides(place), 0 if cells.dim() == 1 else cells.stride(0))
+    common = {"FROM_FIRST": cells.dim() == 1, "HAS_ROWS": place.rows is not None, **_constants(states, place)}
     with on_device_of(query):
         _store_states_fwd_kernel[(batch * tokens,)](
-            key, value, cos, sin, keys, values, *scales, cells, chosen_rows, tokens,
-            *key.stride()[:2], *value.stride()[:2], *turns, *buffers, HEADS_P=triton.next_power_of_2(groups), **common,
-            **launches.choice("store_states", launches.DEFAULT, query.device),
+            key, value, cos, sin, *_buffers(place), cells, rows, tokens, *key.stride()[:2], *value.stride()[:2],
+            *turns, *strides, HEADS_P=triton.next_power_of_2(groups), **common,
+            **launches.choice("store_states", launches.DEFAULT, device),
         )  # fmt: skip
         _prompt_attention_fwd_kernel[(triton.cdiv(tokens, choice["BLOCK_T"]), batch * heads)](
-            query, cos, sin, keys, values, *scales, cells, cells if mask is None else mask, chosen_rows, out,
-            tokens, length, scaling, *query.stride()[:2], *turns, *buffers,
-            *((0, 0) if mask is None else mask.stride()[:2]), GROUP=heads // groups, HAS_MASK=mask is not None,
-            **common, **choice,
+            query, cos, sin, *_buffers(place), cells, cells if mask is None else mask, rows, out, tokens, place.length,
+            scaling, *query.stride()[:2], *turns, *strides, *((0, 0) if mask is None else mask.stride()[:2]),
+            GROUP=heads // groups, HAS_MASK=mask is not None, **common, **choice,
         )  # fmt: skip
-    if advance:
+    if place.advance:
         cells.add_(tokens)
     return out
 
 
-def _heads_together(states: Tensor) -> Tensor:
-    """Return `[..., H, D]` whose heads lie one behind the other in every row: a view where they do."""
-    return states if states.stride()[-2:] == (states.shape[-1], 1) else states.contiguous()
+def _together(states: TokenStates) -> TokenStates:
+    """Return states whose heads lie one behind the other in each row, as the channels of a turn do: mostly views."""
+    heads = (
+        one if one.stride()[-2:] == (one.shape[-1], 1) else one.contiguous()
+        for one in (states.query, states.key, states.value)
+    )
+    turns = (turn if turn.stride(-1) == 1 else turn.contiguous() for turn in (states.cos, states.sin))
+    return TokenStates(*heads, *turns)
 
 
 def _padded(size: int) -> int:
@@ -443,8 +372,26 @@ def _fitting(choice: launches.Choice, query: Tensor) -> launches.Choice:
     }
 
 
-def _scales(
-    keys: Tensor, values: Tensor, key_scale: Tensor | None, value_scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return what kernels get as scales: other pointers, which they do not read, where there are none."""
-    return keys if key_scale is None else key_scale, values if value_scale is None else value_scale
+def _buffers(place: CachePlace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what kernels get as buffers and scales: other pointers, which they do not read, where there are none."""
+    keys, values, key_scale, value_scale = place.keys, place.values, place.key_scale, place.value_scale
+    return keys, values, keys if key_scale is None else key_scale, values if value_scale is None else value_scale
+
+
+def _cache_strides(place: CachePlace) -> tuple[int, ...]:
+    """Return the strides of the buffers, and the cells of a head that the scales are apart."""
+    return (*place.keys.stride()[:3], *place.values.stride()[:3], place.keys.shape[2])
+
+
+def _constants(states: TokenStates, place: CachePlace) -> dict[str, Any]:
+    """Return what the kernels that read or store states are compiled for, launches aside."""
+    query = states.query
+    return {
+        "HEADS": states.key.shape[-2],
+        "D": query.shape[-1],
+        "DP": _padded(query.shape[-1]),
+        "CODES": place.key_scale is not None,
+        "KIND": FLOAT_KINDS[query.dtype],
+        "enable_fp_fusion": FP_FUSION,
+        **overlap(query.device),
+    }

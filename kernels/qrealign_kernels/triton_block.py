@@ -1,4 +1,4 @@
-"""Triton kernels of a decoder block beside its products and its attention: norm behind a sum, and gate.
+"""Triton kernels of a step beside its products and its attention: norm behind a sum, gate, and rows of the embedding.
 
 What they move is small, so a step has as few launches as possible, and each starts while the one in front of it ends.
 """

@@ -1,4 +1,4 @@
-"""What the Triton kernels share on the host: availability and tile widths. Imports no triton."""
+"""What the Triton kernels share on the host: availability, tile widths, early starts. Imports no triton."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def edited_weight_gradients(
 
 @dataclasses.dataclass(frozen=True)
 class _Reduction:
-    """The arguments and results that both kernels share: what a gradient is reduced to."""
+    """The arguments and results that the kernels share: what a gradient is reduced to."""
 
     weight: Tensor
     low_logit: Tensor | None
@@ -102,7 +102,7 @@ class _Reduction:
         ]
 
     def constants(self) -> dict[str, Any]:
-        """Return the constexpr arguments that both kernels have."""
+        """Return the constexpr arguments that the kernels share."""
         qmin, qmax = code_range(self.num_bits)
         return {
             "HAS_LOW": self.low_logit is not None,

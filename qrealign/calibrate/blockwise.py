@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -33,7 +33,7 @@ from qrealign.data.capture import run_block
 from qrealign.models.source import ModelSource
 from qrealign.probes.probe import SafetyProbe
 from qrealign.quant.fake_quant import freeze_linears, swap_linears
-from qrealign.quant.fused import fused_inputs
+from qrealign.quant.fused import fused_inputs, fused_rotation
 from qrealign.records import CurvePoint
 
 STREAM_TOKENS = {"cuda": 8192, "cpu": 2048}  # of a pass that moves a stream on
@@ -147,7 +147,10 @@ class BlockwiseCalibrator:
             block=block, index=index, spec=self.source.spec, settings=self.settings, activation_amax=maxima.values
         )
         trainable = Trainable([context])
-        with fused_inputs(block, self.source.spec) if self.device.type == "cuda" else nullcontext():
+        with ExitStack() as fused:
+            if self.device.type == "cuda":
+                fused.enter_context(fused_inputs(block, self.source.spec))
+                fused.enter_context(fused_rotation(block))
             self._train(index, block, trainable, target, bar)
         if self.on_trained is not None:
             self.on_trained(index, block)

@@ -173,11 +173,14 @@ class Trainable:
 
     def state(self) -> dict[str, Tensor]:
         """Return parameters and optimizer moments as flat tensors, copied."""
-        tensors = {f"value.{name}": value.detach().clone() for name, value in self.named.items()}
+        tensors = {f"value.{name}": value.detach() for name, value in self.named.items()}
         for name, value in self.named.items():
             for key, moment in (self.optimizer.state[value] if self.optimizer else {}).items():
-                tensors[f"{key}.{name}"] = moment.detach().clone()
-        return tensors
+                tensors[f"{key}.{name}"] = moment.detach()
+        copies = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+        if copies:  # a few kernels for thousands of tensors
+            torch._foreach_copy_(list(copies.values()), list(tensors.values()))
+        return copies
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:

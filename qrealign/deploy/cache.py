@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,25 +10,18 @@ from transformers.cache_utils import StaticCache, StaticLayer
 
 from qrealign.deploy import CACHE_BITS
 from qrealign.errors import ConfigError, UnsupportedArchitectureError
-from qrealign_kernels import quantize_per_token
+from qrealign_kernels import CachePlace, quantize_per_token
 
-
-class CachePlace(NamedTuple):
-    """Where the new tokens of a layer's cache go, and what they may read; as `prompt_attention` takes it.
-
-    keys, values: `[rows, heads, cells, head size]`, with key_scale and value_scale `[rows, heads, cells]` where they
-    hold codes. cells: `[B, T]`, or `[1]` for the first token of all rows. rows: `[B]`, or None for the first ones.
-    length: cells that may be read. advance: whether the layer counts its tokens in `cells` itself.
-    """
-
-    keys: Tensor
-    values: Tensor
-    key_scale: Tensor | None
-    value_scale: Tensor | None
-    cells: Tensor
-    rows: Tensor | None
-    length: int
-    advance: bool
+__all__ = [
+    "STATIC_LAYERS",
+    "CachePlace",
+    "CodedStaticLayer",
+    "check_cache_bits",
+    "decode_states",
+    "encode_states",
+    "static_cache",
+    "static_place",
+]
 
 
 def check_cache_bits(bits: int | None) -> None:
@@ -113,7 +106,12 @@ STATIC_LAYERS = (StaticLayer, CodedStaticLayer)  # whose cells `static_place` kn
 def static_place(layer: StaticLayer) -> CachePlace:
     """Return where the next tokens go in one of `STATIC_LAYERS`, whose buffers are there."""
     assert layer.keys is not None and layer.values is not None
-    scales = getattr(layer, "key_scale", None), getattr(layer, "value_scale", None)
     return CachePlace(
-        layer.keys, layer.values, *scales, layer.cumulative_length.view(1), None, layer.max_cache_len, advance=True
+        layer.keys,
+        layer.values,
+        cells=layer.cumulative_length.view(1),
+        length=layer.max_cache_len,
+        key_scale=getattr(layer, "key_scale", None),
+        value_scale=getattr(layer, "value_scale", None),
+        advance=True,
     )

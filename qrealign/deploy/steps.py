@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from qrealign.arch import BlockSpec
 from qrealign.deploy.blocks import rms_norm_eps
-from qrealign.deploy.cache import STATIC_LAYERS, CachePlace, static_place
+from qrealign.deploy.cache import STATIC_LAYERS, static_place
 from qrealign.deploy.decoder import LENGTH_DEPENDENT_ROPE
 from qrealign.deploy.layers import MovedNorm, SummingNorm
 from qrealign.models.placement import replace_module
-from qrealign_kernels import decode_attention, prompt_attention
+from qrealign_kernels import CachePlace, TokenStates, decode_attention, prompt_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,27 +95,19 @@ def _attend_to(
 ) -> Tensor:
     """Store the keys and values of `[B, T, H]` and attend: `[B, T, heads, head size]`."""
     batch, tokens = hidden_states.shape[:2]
-    query, key, value = (
+    heads = (
         project(hidden_states).unflatten(-1, (-1, attention.head_dim))
         for project in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    cos, sin = (turn.expand(batch, -1, -1) for turn in turns)
+    states = TokenStates(*heads, *(turn.expand(batch, -1, -1) for turn in turns))
     mask = None if mask is None else mask[:, 0].expand(batch, -1, -1)
-    options: dict[str, Any] = {
-        "key_scale": place.key_scale,
-        "value_scale": place.value_scale,
-        "length": place.length,
-        "scaling": attention.scaling,
-        "advance": place.advance,
-    }
     if tokens > 1 or place.rows is not None:
-        return prompt_attention(
-            query, key, value, cos, sin, place.keys, place.values, place.cells, mask, rows=place.rows, **options
-        )
-    cells = place.cells if place.cells.dim() == 1 else place.cells[:, 0]
+        return prompt_attention(states, place, mask, scaling=attention.scaling)
+    if place.cells.dim() > 1:
+        place = place._replace(cells=place.cells[:, 0])
+    states = TokenStates(*(tensor[:, 0] for tensor in states))
     mask = None if mask is None else mask[:, 0]
-    query, key, value, cos, sin = (states[:, 0] for states in (query, key, value, cos, sin))
-    return decode_attention(query, key, value, cos, sin, place.keys, place.values, cells, mask, **options)[:, None]
+    return decode_attention(states, place, mask, scaling=attention.scaling)[:, None]
 
 
 def _place(layer: int, hidden_states: Tensor, mask: Tensor | None, cache: Any, no_keys: Tensor) -> CachePlace | None:

@@ -155,15 +155,18 @@ class ModelSource:
         return self.block_state(index)
 
     @torch.no_grad()
-    def merge_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Apply the changes to what `unmerged_block` returned, in place and on any device."""
+    def merge_block(self, index: int, tensors: Mapping[str, Tensor]) -> bool:
+        """Apply the changes to what `unmerged_block` returned, in place and on any device; return whether any did."""
         dtype = next(iter(tensors.values())).dtype
         if not self.changes or not self._merges_in(index, dtype):
-            return
+            return False
+        changed = False
         for name, tensor in tensors.items():
             merged = self.merged(f"{self.spec.block_name(index)}.{name}", tensor)
             if merged is not tensor:
                 tensor.copy_(merged)
+                changed = True
+        return changed
 
     def becomes(self, other: ModelSource, dtype: torch.dtype) -> bool:
         """Return whether this model, held as `dtype`, is that of `other` once `merged` was applied to its blocks."""

@@ -84,17 +84,40 @@ class HostBlocks:
     def __init__(
         self, source: ModelSource, dtype: torch.dtype, device: torch.device, *, kept: Iterable[int] = ()
     ) -> None:
-        self.source, self.dtype, self.device, self.kept = source, dtype, device, frozenset(kept)
+        self.source, self.dtype, self.device = source, dtype, device
+        self.kept: set[int] = set()
         self.layouts = [source.block_layout(index, dtype) for index in range(source.num_blocks)]
         self.largest = max(layout.num_bytes for layout in self.layouts)
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read-blocks")
         self._fixed: dict[int, Future[PinnedBuffer]] = {}
+        self._merged: set[int] = set()  # blocks that stay and hold the changes
         self._moving: dict[int, Future[PinnedBuffer]] = {}
         self._free: list[PinnedBuffer] = []
         self._all: list[PinnedBuffer] = []
         self._lock = threading.Lock()
-        for index in sorted(self.kept):
+        self.keep(kept)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the blocks that stay."""
+        return sum(self.layouts[index].num_bytes for index in self.kept)
+
+    def keep(self, indices: Iterable[int]) -> None:
+        """Have further blocks stay, which are read at once; none may be on its way."""
+        new = sorted(set(indices) - self.kept)
+        self.kept.update(new)
+        for index in new:
             self._fixed[index] = self._pool.submit(self._fill, index)
+
+    def become(self, source: ModelSource) -> bool:
+        """Serve another model, if only changes of the weights lie between this one and that; return whether they do."""
+        if source.fingerprint() == self.source.fingerprint():
+            return True
+        if not self.source.becomes(source, self.dtype):
+            return False
+        self.source = source
+        self._merged.clear()
+        return True
 
     def request(self, index: int) -> Future[PinnedBuffer]:
         """Return the buffer of a block, filled when the future is done; `hand_back` it after use."""
@@ -106,10 +129,20 @@ class HostBlocks:
             return self._moving[index]
 
     def put(self, index: int, target: Tensor) -> None:
-        """Queue the copy of a block into a flat uint8 tensor on the current stream, changes merged."""
+        """Queue the copy of a block into a flat uint8 tensor on the current stream, changes merged.
+
+        A block that stays is merged on its first way and written back: reading an adapter and merging it takes the host
+        longer than the bus takes for the block. All copies of one block must be queued on one stream.
+        """
         buffer, layout = self.request(index).result(), self.layouts[index]
-        target[: layout.num_bytes].copy_(buffer.bytes[: layout.num_bytes], non_blocking=True)
-        self.source.merge_block(index, layout.views(target))
+        held, sent = buffer.bytes[: layout.num_bytes], target[: layout.num_bytes]
+        sent.copy_(held, non_blocking=True)
+        if index not in self._merged:
+            changed = self.source.merge_block(index, layout.views(target))
+            if index in self._fixed:
+                if changed:
+                    held.copy_(sent, non_blocking=True)
+                self._merged.add(index)
         if index not in self._fixed:
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()  # before the buffer is filled anew
@@ -197,11 +230,15 @@ class BlockStream:
 
     def close(self) -> None:
         """Wait for what is on its way and free the memory; the host's buffers too."""
+        self.detach().close()
+
+    def detach(self) -> HostBlocks:
+        """Wait for what is on its way, free the device's memory and return the host's blocks, for another stream."""
         self._feeder.shutdown(wait=True)
         if self._stream is not None:
             self._stream.synchronize()
         self._slots, self._held = [], {}
-        self.host.close()
+        return self.host
 
     def _hold(self, index: int) -> Tensor:
         """Return the memory of a block that stays, brought at its first use."""
@@ -272,7 +309,13 @@ def read_blocks(
 
 
 def open_stream(
-    source: ModelSource, dtype: torch.dtype, device: torch.device, *, held_bytes: float = 0.0, pin: bool = True
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    held_bytes: float = 0.0,
+    pin: bool = True,
+    host: HostBlocks | None = None,
 ) -> BlockStream:
     """Return a stream of a model's blocks, some of which stay on the device.
 
@@ -282,12 +325,21 @@ def open_stream(
         device: where they go.
         held_bytes: what the blocks that stay may take; they are spread evenly, so that copies have time between them.
         pin: keep the others in pinned host memory, as far as `PINNED_SHARE` of what is available goes.
+        host: blocks that nobody uses any more, which are taken over where the model is of the same files and else given
+            back: locking and filling their memory takes as long as some ten passes.
     """
+    if host is not None and not host.become(source):
+        host.close()
+        host = None
     sizes = [source.block_layout(index, dtype).num_bytes for index in range(source.num_blocks)]
     count = min(len(sizes), int(held_bytes / max(sizes)))
     held = {int((place + 0.5) * len(sizes) / count) for place in range(count)}
-    left = PINNED_SHARE * available_host_bytes() if pin else 0.0
+    present = 0 if host is None else host.kept_bytes
+    left = PINNED_SHARE * (available_host_bytes() + present) if pin else 0.0
     coming = [index for index in range(len(sizes)) if index not in held]
     totals = itertools.accumulate(sizes[index] for index in coming)
     kept = [index for index, total in zip(coming, totals, strict=True) if total <= left]
-    return BlockStream(HostBlocks(source, dtype, device, kept=kept), device, held=held)
+    if host is None:
+        host = HostBlocks(source, dtype, device)
+    host.keep(kept)
+    return BlockStream(host, device, held=held)

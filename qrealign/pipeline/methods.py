@@ -131,19 +131,7 @@ def method_spec(
     Raises:
         ConfigError: a name is unknown, or the stages do not fit together.
     """
-    if method in REPAIRS:
-        if repair not in (None, method):
-            raise ConfigError(
-                f"--method {method} is a repair followed by plain rounding, so --repair {repair} is one too many: name "
-                "the quantizing method with --method"
-            )
-        repair, quantizer = method, "rtn"
-    elif method in QUANTIZERS:
-        quantizer = method
-    else:
-        raise ConfigError(f"unknown method {method!r}: use {', '.join(METHODS)}")
-    if repair is not None and repair not in REPAIRS:
-        raise ConfigError(f"unknown repair {repair!r}: use {', '.join(REPAIRS)}")
+    repair, quantizer = _stage_names(method, repair)
     if interpolation is not None and repair != Interpolation.name:
         raise ConfigError(
             f"--interpolation belongs to the repair {Interpolation.name!r}: add --repair {Interpolation.name}"
@@ -178,6 +166,24 @@ def method_spec(
         settings=settings,
         polish=None if polish is None else _polish(settings, polish, parts["polish"], overrides),
     )
+
+
+def _stage_names(method: str, repair: str | None) -> tuple[str | None, str]:
+    """Return the repair, if there is one, and the quantizing method that a method's name stands for."""
+    if method in REPAIRS:
+        if repair not in (None, method):
+            raise ConfigError(
+                f"--method {method} is a repair followed by plain rounding, so --repair {repair} is one too many: name "
+                "the quantizing method with --method"
+            )
+        repair, quantizer = method, "rtn"
+    elif method in QUANTIZERS:
+        quantizer = method
+    else:
+        raise ConfigError(f"unknown method {method!r}: use {', '.join(METHODS)}")
+    if repair is not None and repair not in REPAIRS:
+        raise ConfigError(f"unknown repair {repair!r}: use {', '.join(REPAIRS)}")
+    return repair, quantizer
 
 
 def _polish(

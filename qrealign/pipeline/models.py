@@ -17,7 +17,7 @@ from qrealign.models.device import choose_device as choose_device  # part of thi
 from qrealign.models.placement import assign_tensor, assign_tensors, move_buffers
 from qrealign.models.source import ModelSource
 from qrealign.models.streaming import stream_blocks
-from qrealign.models.transfer import BlockStream, open_stream
+from qrealign.models.transfer import BlockStream, HostBlocks, open_stream
 from qrealign.pack.load import add_shells as add_packed_shells
 from qrealign.pack.load import fill_block
 from qrealign.pack.source import PackedSource
@@ -80,6 +80,8 @@ class ModelPool:
         self.dtype = compute_dtype(device)
         self._kept: dict[str, PreTrainedModel] = {}
         self._sources: dict[str, ModelSource] = {}  # of the kept models in full precision
+        self._streams: dict[str, BlockStream] = {}  # what brings the blocks of those that do not fit
+        self._idle: HostBlocks | None = None  # what such a one had in host memory, for the next one
 
     def full_precision(self, name: str, source: ModelSource, *, instead_of: str | None = None) -> PreTrainedModel:
         """Return the model of `source` in the compute dtype.
@@ -93,6 +95,7 @@ class ModelPool:
         if instead_of is not None and name not in self._kept:
             if self._become(instead_of, name, source):
                 return self._kept[name]
+            self._set_free(instead_of)
             self.release(instead_of)
         model = self._get(name, source)
         if name in self._kept:
@@ -107,8 +110,15 @@ class ModelPool:
         fingerprint = source.fingerprint()
         found = next((name for name, kept in self._sources.items() if kept.fingerprint() == fingerprint), None)
         model = None if found is None else self._kept.get(found)
-        self.release()
+        streamed = (key for key, stream in self._streams.items() if stream.host.source.fingerprint() == fingerprint)
+        self._set_free(next(streamed, None))
+        self._forget(*self._kept, *self._streams)
         return model
+
+    def _set_free(self, name: str | None) -> None:
+        """End the stream of a model that nobody uses any more, and have its host memory ready for the next one."""
+        if name in self._streams:
+            self._idle = self._streams.pop(name).detach()
 
     def _become(self, old: str, new: str, source: ModelSource) -> bool:
         """Change a kept model into that of `source` where only changes of the weights lie between them."""
@@ -159,6 +169,11 @@ class ModelPool:
         """Whether packed checkpoints stay packed while they run."""
         return self.device.type == "cuda"
 
+    @property
+    def copies_blocks(self) -> bool:
+        """Whether blocks that are streamed are copied; a CPU reads them where the files are mapped."""
+        return self.device.type == "cuda"
+
     def resident_bytes(self, source: ModelSource) -> int:
         """Return the bytes of the whole model in the compute dtype."""
         return source.total_bytes * self.dtype.itemsize // source.storage_dtype.itemsize
@@ -199,16 +214,23 @@ class ModelPool:
         return min(free, LOW_BYTES) if self.memory == "low" else free
 
     def open_stream(self, source: ModelSource) -> BlockStream | None:
-        """Return what brings the blocks of a model that does not fit to a GPU; a CPU reads them where they are."""
-        if self.device.type != "cuda":
+        """Return what brings the blocks of a model that does not fit to the device; None where none are copied."""
+        if not self.copies_blocks:
             return None
-        return open_stream(source, self.dtype, self.device, held_bytes=self.held_bytes(), pin=self.pin)
+        host, self._idle = self._idle, None
+        return open_stream(source, self.dtype, self.device, held_bytes=self.held_bytes(), pin=self.pin, host=host)
 
     def release(self, *names: str) -> None:
-        """Forget some models, all of them without names."""
-        for name in names or tuple(self._kept):
+        """Forget some models; without names all of them, and what is ready for the next one."""
+        if not names:
+            self._idle = None
+        self._forget(*(names or (*self._kept, *self._streams)))
+
+    def _forget(self, *names: str) -> None:
+        for name in names:
             self._kept.pop(name, None)
             self._sources.pop(name, None)
+            self._streams.pop(name, None)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -227,7 +249,7 @@ class ModelPool:
         if name in self._kept:
             return self._kept[name]
         if not self.fits(source):
-            self.release()
+            self._forget(*self._kept, *self._streams)
         model = source.skeleton(dtype=self.dtype)
         source.load_outer(model, self.device, self.dtype)
         swap(model)
@@ -235,6 +257,8 @@ class ModelPool:
             if self.memory == "auto":
                 logger.warning("%s does not fit into the free memory of %s: its blocks are streamed", name, self.device)
             stream = self.open_stream(source) if load is None else None
+            if stream is not None:
+                self._streams[name] = stream
             stream_blocks(model, source, self.device, self.dtype, loader=load, stream=stream)
             return model
         if load is None:

@@ -16,6 +16,7 @@ from qrealign.pipeline.calibrating import stream_bytes, streams_on_host
 from qrealign.pipeline.context import RunContext
 from qrealign.pipeline.evaluating import NEW_TOKENS, PERPLEXITY_TOKENS, model_names
 from qrealign.pipeline.student import KEPT_SHARE
+from qrealign.pipeline.teaching import cache_bytes, teacher_batch
 from qrealign.repair.settings import OneShot, SafeDelta
 
 GIB = 2**30
@@ -149,7 +150,7 @@ def memory_bytes(context: RunContext) -> int:
 
 
 def _endtoend_bytes(context: RunContext, settings: CalibrationSettings) -> int:
-    """Return about what the end-to-end engine takes on a GPU."""
+    """Return about what the end-to-end engine takes on a GPU, in its steps or while its teachers answer."""
     source, pool = context.finetuned, context.pool
     tokens = settings.batch_size * (settings.sequence_length + max(settings.benign_tokens, settings.refusal_tokens))
     activations = tokens * source.config.hidden_size * pool.dtype.itemsize * (source.num_blocks + KEPT_VALUES)
@@ -160,7 +161,8 @@ def _endtoend_bytes(context: RunContext, settings: CalibrationSettings) -> int:
     outputs = LOGIT_COPIES * 4 * tokens // 2 * source.config.vocab_size
     borders = sum(rows + columns for rows, columns in source.linear_shapes().values())
     edits = 4 * 4 * borders * settings.edit_rank if settings.edit_learning_rate else 0  # values, gradients, two moments
-    return pool.weight_bytes(source) + activations + outputs + edits
+    answering = min(settings.samples, teacher_batch(context, settings)) * cache_bytes(context, settings)
+    return pool.weight_bytes(source) + max(activations + outputs + edits, answering)
 
 
 def _blockwise_bytes(context: RunContext, settings: CalibrationSettings) -> int:

@@ -26,7 +26,7 @@ from qrealign.models.streaming import StreamHandle, stream_blocks
 from qrealign.pipeline.context import RunContext
 from qrealign.pipeline.models import free_bytes
 from qrealign.quant.fake_quant import fake_quant_linears, set_quantize, swap_linears
-from qrealign.quant.fused import fused_inputs
+from qrealign.quant.fused import fused_inputs, fused_rotation
 from qrealign.repair.stored import store_block
 
 logger = logging.getLogger(__name__)
@@ -78,14 +78,21 @@ class Student:
             )
         self.trainable = Trainable(self._contexts(loaded=taught is not None))
         set_quantize([self.model], quantize)
+        if quantize and context.device.type == "cuda":
+            self._fused.enter_context(fused_rotation(source.spec.blocks_of(self.model)[0]))
         self._stream: StreamHandle | None = None
         if self.streamed:
             stream = pool.open_stream(source)
             self._stream = stream_blocks(self.model, source, context.device, pool.dtype, stream=stream)
         blocks = list(source.spec.blocks_of(self.model))
-        kept = 0 if self.streamed else kept_blocks(context, settings, self.model, blocks)
-        if kept < len(blocks):  # the first ones: they are computed again when the last ones' memory is free
-            checkpoint_blocks(self.model, blocks[: len(blocks) - kept])
+        kept, coded = (0, 0) if self.streamed else kept_blocks(context, settings, self.model, blocks)
+        again, held = blocks[: len(blocks) - kept], blocks[len(blocks) - coded :]
+        if again:  # the first ones: they are computed again when the last ones' memory is free
+            checkpoint_blocks(self.model, again)
+        # What is computed again keeps its codes too: only until its own backward pass, which comes next.
+        for block in [] if self.streamed else [*again, *held]:
+            for layer in fake_quant_linears(block).values():
+                layer.keeps_codes = True
 
     @property
     def recordable(self) -> bool:
@@ -160,8 +167,9 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def kept_blocks(
     context: RunContext, settings: CalibrationSettings, model: PreTrainedModel, blocks: Sequence[nn.Module]
-) -> int:
-    """Return how many blocks keep their activations for the backward pass; the others are computed again there.
+) -> tuple[int, int]:
+    """Return how many blocks keep their activations for the backward pass; the others are computed again there. And
+    how many of them keep their weights' codes too, once all keep their activations.
 
     On a GPU they may take `KEPT_SHARE` of the weights' bytes, so that what a card must have follows from the model, and
     half of what is free, because a recorded pass holds its own memory. Processes that share batches keep more each.
@@ -171,7 +179,11 @@ def kept_blocks(
     samples = len(context.team.share(range(settings.batch_size)))
     tokens = samples * (settings.sequence_length + max(settings.benign_tokens, settings.refusal_tokens))
     fixed, each = graph_bytes(model, context.repaired.spec)
-    return int(min(len(blocks), allowed / (fixed + each * tokens)))
+    kept = int(min(len(blocks), allowed / (fixed + each * tokens)))
+    codes = sum(layer.weight.numel() for layer in fake_quant_linears(blocks[-1]).values())
+    left = allowed - len(blocks) * (fixed + each * tokens)
+    coded = int(min(len(blocks), max(0.0, left) / codes)) if context.device.type == "cuda" else 0
+    return kept, coded
 
 
 def graph_bytes(model: PreTrainedModel, spec: BlockSpec) -> tuple[float, float]:

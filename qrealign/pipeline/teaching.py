@@ -29,6 +29,7 @@ TEACHER_BATCH = 32  # prompts answered at once where memory is short
 MOST_ANSWERED = 256
 CACHE_SHARE = 0.15  # of the weights' bytes, or of the free memory: what the keys and values of a batch may take
 CACHE_LEAST = 2**28  # bytes that they may take beside the smallest model
+CACHE_STREAMED = 2**32  # bytes, and half of what is left at most: where every token waits for all weights to come
 
 
 def run_teaching(context: RunContext) -> None:
@@ -53,18 +54,25 @@ def teacher_file(context: RunContext) -> Path:
 def teacher_batch(context: RunContext, settings: CalibrationSettings) -> int:
     """Return how many prompts a teacher answers at once: on a GPU, where a batch costs hardly more than one prompt,
 
-    as many as keep their keys and values inside `CACHE_SHARE`, or `CACHE_LEAST`. One that does not fit after all is
-    halved.
+    as many as keep their keys and values inside `CACHE_SHARE`, or `CACHE_LEAST`, or where weights are streamed
+    `CACHE_STREAMED`. One that does not fit after all is halved.
     """
     if context.device.type != "cuda":
         return TEACHER_BATCH
-    source, pool = context.finetuned, context.pool
-    config, tokens = source.config, settings.sequence_length + max(settings.refusal_tokens, settings.benign_tokens)
+    source, pool, free = context.finetuned, context.pool, free_bytes(context.device)
+    allowed = max(CACHE_LEAST, CACHE_SHARE * min(pool.resident_bytes(source), free))
+    if not pool.fits(source):
+        allowed = max(allowed, min(CACHE_STREAMED, (free - pool.weight_bytes(source)) / 2))
+    return max(TEACHER_BATCH, min(MOST_ANSWERED, int(allowed / cache_bytes(context, settings))))
+
+
+def cache_bytes(context: RunContext, settings: CalibrationSettings) -> int:
+    """Return the bytes of the keys and values of one prompt and its answer."""
+    config, tokens = context.finetuned.config, settings.sequence_length
+    tokens += max(settings.refusal_tokens, settings.benign_tokens)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    prompt_bytes = 2 * source.num_blocks * heads * width * tokens * pool.dtype.itemsize
-    allowed = max(CACHE_LEAST, CACHE_SHARE * min(pool.resident_bytes(source), free_bytes(context.device)))
-    return max(TEACHER_BATCH, min(MOST_ANSWERED, int(allowed / prompt_bytes)))
+    return 2 * context.finetuned.num_blocks * heads * width * tokens * context.pool.dtype.itemsize
 
 
 def _teach(context: RunContext, settings: CalibrationSettings) -> TeacherCache:

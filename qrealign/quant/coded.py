@@ -1,8 +1,9 @@
-"""The product of an edited linear on its grid for GPUs: the weight is rounded anew for each pass and never kept.
+"""The product of an edited linear on its grid for GPUs: the weight is rounded anew for each pass.
 
 Between the passes a layer keeps its input as codes, a byte a number, and no weight: rounding one reads two bytes and
-writes one, which next to the products is little. So blocks whose activations are kept cost no copy of their weights,
-and blocks whose weights are streamed need theirs only while they run.
+writes one or two, which next to the products is little. So blocks whose activations are kept cost no copy of their
+weights, and blocks whose weights are streamed need theirs only while they run. Where there is memory to spare, a layer
+may keep its weight's codes as well.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qrealign.quant.edits import LowRankEdit, low_rank_gradients
+from qrealign.quant.edits import LowRankEdit
 from qrealign_kernels import (
     QuantizedActivations,
     encode_weight,
@@ -24,6 +25,7 @@ from qrealign_kernels import (
     fake_quant_weight,
     int8_matmul,
     int8_matmul_dx,
+    low_rank_gradients,
     quantize_per_token,
 )
 
@@ -98,24 +100,20 @@ class _Coded(torch.autograd.Function):
     """Stands for a tensor of which there are codes alone: it has shape and gradient, and one number as its content."""
 
     @staticmethod
-    def forward(ctx: Any, like: Tensor, fake: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+    def forward(ctx: Any, like: Tensor, gradients: Callable[..., Sequence[Tensor]], *operands: Tensor) -> Tensor:
         ctx.save_for_backward(*operands)
-        ctx.fake = fake
+        ctx.gradients = gradients
         return like.new_full((), float("nan")).expand(like.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[2:]
-        with torch.enable_grad():
-            operands = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, wanted, strict=True)]
-            learned = [operand for operand in operands if operand.requires_grad]
-            gradients = iter(torch.autograd.grad(ctx.fake(*operands), learned, grad))
-        return None, None, *(next(gradients) if need else None for need in wanted)
+        found = ctx.gradients(grad, *ctx.saved_tensors)
+        return None, None, *(each if need else None for each, need in zip(found, ctx.needs_input_grad[2:], strict=True))
 
 
 def coded_input(
     quantize: Callable[..., QuantizedActivations],
-    fake: Callable[..., Tensor],
+    gradients: Callable[..., Sequence[Tensor]],
     operands: Sequence[Tensor],
     num_bits: int,
     inputs: InputCodes,
@@ -124,18 +122,18 @@ def coded_input(
 
     Args:
         quantize: makes the codes of the operands, `[..., K]`.
-        fake: the same with floating-point values and gradients, straight through the rounding; it is differentiated.
+        gradients: takes the gradient of the result and the operands and returns theirs, straight through the rounding.
         operands: the first is of the shape of the result.
         num_bits: of the codes.
         inputs: of the linears that will read it.
     """
     with torch.no_grad():
         codes, scale, _ = quantize(*operands)
-    return inputs.provide_codes(_Coded.apply(operands[0], fake, *operands), num_bits, codes, scale)
+    return inputs.provide_codes(_Coded.apply(operands[0], gradients, *operands), num_bits, codes, scale)
 
 
 class _IntegerLinear(torch.autograd.Function):
-    """Integer codes times integer codes forward; the input's gradient from the weight's codes, rounded anew."""
+    """Codes times codes forward; the input's gradient from the weight rounded anew, or from its kept codes."""
 
     @staticmethod
     def forward(
@@ -147,22 +145,27 @@ class _IntegerLinear(torch.autograd.Function):
         left: Tensor,
         right: Tensor,
         rounding: Rounding,
+        keep: bool,
     ) -> Tensor:
         w_codes, w_scale, zero_point = encode_weight(weight, left=left, right=right, **rounding.grid)
-        ctx.save_for_backward(*codes, weight, left, right)
-        ctx.rounding = rounding
+        kept = (w_codes, w_scale, zero_point) if keep else (weight,)
+        ctx.save_for_backward(*codes, left, right, *kept)
+        ctx.rounding, ctx.keep = rounding, keep
         out = int8_matmul(*codes, w_codes, w_scale, bias, x.dtype, zero_point=zero_point)
         return out.reshape(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_codes, x_scale, weight, left, right = ctx.saved_tensors
+        x_codes, x_scale, left, right, *kept = ctx.saved_tensors
         rows, d_x = grad.flatten(0, -2), None
-        if ctx.needs_input_grad[0]:
-            grid = encode_weight(weight, left=left, right=right, **ctx.rounding.grid)
-            d_x = int8_matmul_dx(rows, *grid).reshape(*grad.shape[:-1], -1)
+        if ctx.needs_input_grad[0] and ctx.keep:
+            d_x = int8_matmul_dx(rows, *kept)
+        elif ctx.needs_input_grad[0]:
+            # Rounded to the dtype of the product at once: codes would be read, scaled and written once more for it.
+            d_x = rows @ _rounded(kept[0], left, right, ctx.rounding, grad.dtype)
         d_left, d_right = low_rank_gradients(rows, x_codes, left, right, x_scale)
-        return d_x, None, None, None, d_left, d_right, None
+        d_x = None if d_x is None else d_x.reshape(*grad.shape[:-1], -1)
+        return d_x, None, None, None, d_left, d_right, None, None
 
 
 class _RoundedLinear(torch.autograd.Function):
@@ -190,7 +193,14 @@ def _rounded(weight: Tensor, left: Tensor, right: Tensor, rounding: Rounding, dt
 
 
 def coded_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, edit: LowRankEdit, rounding: Rounding, inputs: InputCodes
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    edit: LowRankEdit,
+    rounding: Rounding,
+    inputs: InputCodes,
+    *,
+    keep: bool = False,
 ) -> Tensor:
     """Return the product of `x` with the rounded, edited weight, with gradients to `x` and to the edit's factors.
 
@@ -204,8 +214,10 @@ def coded_linear(
         edit: unmasked.
         rounding: the grids.
         inputs: shared by the linears that may read the same tensor.
+        keep: hold the weight's codes, a byte a weight, until the backward pass, instead of rounding the weight again;
+            without effect where the input stays in floating point.
     """
     if rounding.activation_bits is None:
         return _RoundedLinear.apply(x, weight, bias, edit.left, edit.right, rounding)
     codes = inputs.of(x, rounding.activation_bits)
-    return _IntegerLinear.apply(x, codes, weight, bias, edit.left, edit.right, rounding)
+    return _IntegerLinear.apply(x, codes, weight, bias, edit.left, edit.right, rounding, keep)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qrealign_kernels import low_rank_gradients
+
 
 class LowRankEdit(nn.Module):
     """Additive edit `left @ right` of rank r, held inside `norm(left @ right) <= budget * norm(weight)` (Frobenius).
@@ -76,28 +78,6 @@ class _EditedLinear(torch.autograd.Function):
         x, weight, left, right = ctx.saved_tensors
         d_left, d_right = low_rank_gradients(grad.flatten(0, -2), x.flatten(0, -2), left, right)
         return grad @ weight, None, None, d_left, d_right
-
-
-def low_rank_gradients(
-    grad: Tensor, x: Tensor, left: Tensor, right: Tensor, x_scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of an edit's factors, `left` `[N, r]` and `right` `[r, K]`, in their dtype.
-
-    The gradient of the weight, `[N, K]`, is never formed: `d_left = dY^T (X right^T)` and `d_right = (dY left)^T X`
-    take `r / K` and `r / N` of its work.
-
-    Args:
-        grad: `[M, N]`, dY, in the compute dtype.
-        x: `[M, K]`, what the product read, or its int8 codes.
-        left, right: the factors.
-        x_scale: `[M, 1]` float32, units of a code, where `x` holds codes.
-    """
-    dtype = grad.dtype
-    x = x.to(dtype)
-    into, out_of = x @ right.T.to(dtype), grad @ left.to(dtype)  # [M, r]
-    if x_scale is not None:
-        into, out_of = (into * x_scale).to(dtype), (out_of * x_scale).to(dtype)
-    return (grad.T @ into).to(left.dtype), (out_of.T @ x).to(right.dtype)
 
 
 def edited_linear(x: Tensor, weight: Tensor, bias: Tensor | None, edit: LowRankEdit) -> Tensor:

@@ -38,7 +38,8 @@ class FakeQuantLinear(nn.Module):
 
     With `quantize` False the layer computes what the original linear computes, bit for bit. With `coded` True an edit
     that learns alone is computed by `quant.coded`, which keeps no copy of the weight for the backward pass; None, the
-    default, does so on a GPU. `inputs` is shared by the linears that may read the same tensor.
+    default, does so on a GPU. With `keeps_codes` it keeps the weight's codes, half the copy. `inputs` is shared by the
+    linears that may read the same tensor.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class FakeQuantLinear(nn.Module):
         self.scale_dtype = scale_dtype
         self.quantize = True
         self.coded: bool | None = None
+        self.keeps_codes = False
         self.inputs = inputs or InputCodes()
         self.clipping: LearnableWeightClipping | None = None
         self.edit: LowRankEdit | None = None
@@ -95,7 +97,8 @@ class FakeQuantLinear(nn.Module):
         bias = self.float_bias()
         bias = None if bias is None else bias.to(x.dtype)
         if self.edit is not None and self.is_coded():
-            return coded_linear(x, self.weight, bias, self.edit, self._rounding(), self.inputs)
+            rounding = self._rounding()
+            return coded_linear(x, self.weight, bias, self.edit, rounding, self.inputs, keep=self.keeps_codes)
         if self.quantize and self.scheme.activations is not None:
             x = self.inputs.fake(x, self.scheme.activations.num_bits)
         if self.edit is None or not self._only_edit_learns():

@@ -1,10 +1,13 @@
-"""Norms and gated MLPs that hand the linears behind them quantized inputs, in one pass, while a block is trained."""
+"""Parts of a block that are computed in one pass while it is trained: norms and gated MLPs that hand the linears behind
+them quantized inputs, and the turning of queries and keys by their positions."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +17,21 @@ from qrealign.arch import BlockSpec
 from qrealign.quant.coded import coded_input
 from qrealign.quant.fake_quant import FakeQuantLinear, fake_quant_linears
 from qrealign_kernels import (
-    QuantizedActivations,
     rms_norm_fake_quant,
+    rms_norm_gradients,
     rms_norm_quantize,
+    rotate_heads,
     silu_mul_fake_quant,
+    silu_mul_gradients,
     silu_mul_quantize,
 )
+from qrealign_kernels.reference_calibration import rotate_heads_ref
 
 _TRIAL_TOKENS = 2
+_ROTATION = "apply_rotary_pos_emb"
+
+Pair = tuple[Tensor, Tensor]
+Rotation = Callable[..., Pair]
 
 
 @contextmanager
@@ -71,19 +81,15 @@ def _norm_forward(
 ) -> Callable[[Tensor], Tensor]:
     """Return a norm's forward that quantizes what `reader`, and whoever shares its inputs, will read."""
 
-    options = {"offset": float(offset), "num_bits": bits}
-
-    def fake(x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm_fake_quant(x, weight, eps, **options)  # type: ignore[arg-type]
-
-    def quantize(x: Tensor, weight: Tensor) -> QuantizedActivations:
-        return rms_norm_quantize(x, weight, eps, **options)  # type: ignore[arg-type]
+    added = float(offset)
+    quantize = partial(rms_norm_quantize, eps=eps, offset=added, num_bits=bits)
+    gradients = partial(rms_norm_gradients, eps=eps, offset=added)
 
     def forward(x: Tensor) -> Tensor:
         weight: Tensor = norm.weight  # type: ignore[assignment]
         if reader.is_coded():
-            return coded_input(quantize, fake, (x, weight), bits, reader.inputs)
-        return reader.inputs.provide(fake(x, weight), bits)
+            return coded_input(quantize, gradients, (x, weight), bits, reader.inputs)
+        return reader.inputs.provide(rms_norm_fake_quant(x, weight, eps, offset=added, num_bits=bits), bits)
 
     return forward
 
@@ -121,12 +127,54 @@ def _is_silu(activation: nn.Module) -> bool:
 def _gate_forward(parts: dict[str, nn.Module], bits: int, down: FakeQuantLinear) -> Callable[[Tensor], Tensor]:
     """Return a gated MLP's forward that quantizes the gated values for its last linear."""
 
-    fake, quantize = partial(silu_mul_fake_quant, num_bits=bits), partial(silu_mul_quantize, num_bits=bits)
+    quantize = partial(silu_mul_quantize, num_bits=bits)
 
     def forward(x: Tensor) -> Tensor:
         gate, up = parts["gate_proj"](x), parts["up_proj"](x)
         if down.is_coded():
-            return down(coded_input(quantize, fake, (gate, up), bits, down.inputs))
-        return down(down.inputs.provide(fake(gate, up), bits))
+            return down(coded_input(quantize, silu_mul_gradients, (gate, up), bits, down.inputs))
+        return down(down.inputs.provide(silu_mul_fake_quant(gate, up, num_bits=bits), bits))
 
     return forward
+
+
+@contextmanager
+def fused_rotation(block: nn.Module) -> Iterator[bool]:
+    """Let the models that are built as `block` is turn their queries and keys in one pass, with the same results.
+
+    Where the block's own module has the function that Hugging Face's models share, and a trial finds that it computes
+    what the op computes. Yields whether it has; at the end it is what it was.
+    """
+    module: Any = inspect.getmodule(type(block))
+    own: Any = getattr(module, _ROTATION, None)
+    fits = own is not None and _is_rotation(own)
+    if fits:
+        setattr(module, _ROTATION, partial(_rotate, own))
+    try:
+        yield fits
+    finally:
+        if fits:
+            setattr(module, _ROTATION, own)
+
+
+def _rotate(own: Rotation, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Pair:
+    """Compute what `own` computes; by itself where it is asked for anything else than turning whole heads."""
+    usual = not rest and not named and q.dim() == k.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]
+    if not usual or {k.dtype, cos.dtype, sin.dtype} != {q.dtype}:
+        return own(q, k, cos, sin, *rest, **named)
+    return rotate_heads(q, cos, sin), rotate_heads(k, cos, sin)
+
+
+@torch.no_grad()
+def _is_rotation(own: Rotation) -> bool:
+    """Whether a function turns heads as the op does, found out by a trial."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (
+        torch.randn(shape, generator=generator) for shape in ((1, 2, 3, 8), (1, 1, 3, 8), *[(1, 3, 8)] * 2)
+    )
+    try:
+        found = own(q, k, cos, sin)
+    except (TypeError, ValueError, RuntimeError):  # a function of the same name with another purpose
+        return False
+    wanted = (rotate_heads_ref(q, cos, sin), rotate_heads_ref(k, cos, sin))
+    return len(found) == 2 and all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))

@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 Publish = Callable[[Sequence[tuple[Job, Piece]]], None]
 
-_PREFILL_TOKENS = {"cpu": 512, "cuda": 2048}  # most prompt tokens between two decode steps: how long streams may pause
 _FAILURES_IN_A_ROW = 3  # after so many failed steps the device is taken for lost
 _FIRST_GUESS_S = 2.0  # how long a job holds its slot, before one has ended
 
@@ -74,7 +73,6 @@ class Engine:
         self._max_queue = max_queue
         self._publish = publish
         self._metrics = metrics
-        self._budget = _PREFILL_TOKENS.get(runner.device.type, _PREFILL_TOKENS["cpu"])
         self._waiting: deque[Job] = deque()
         self._rows: list[Job] = []  # rows 0 to _decoding - 1 decode, the others read their prompts
         self._decoding = 0
@@ -187,8 +185,8 @@ class Engine:
         rows: list[int] = []
         width = 0
         for row in range(self._decoding, len(self._rows)):
-            wanted = max(width, min(self._rows[row].unread, self._budget))
-            if rows and wanted * (len(rows) + 1) > self._budget:
+            wanted = max(width, min(self._rows[row].unread, self._runner.prompt_tokens))
+            if rows and self._runner.padded_tokens(len(rows) + 1, wanted) > self._runner.prompt_tokens:
                 break
             rows.append(row)
             width = wanted

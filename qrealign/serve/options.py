@@ -129,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--embedding-on-host", action="store_true", help="keep a packed model's embedding in the host's memory"
     )
     group.add_argument(
-        "--cuda-graphs", action=argparse.BooleanOptionalAction, help="replay decode steps on a GPU (default: yes)"
+        "--cuda-graphs", action=argparse.BooleanOptionalAction, help="replay prompts and steps on a GPU (default: yes)"
     )
     group = parser.add_argument_group("limits")
     group.add_argument(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,14 +14,15 @@ from qrealign.data.generate import find_device, last_logits_only
 from qrealign.deploy.decoder import has_fixed_program
 from qrealign.errors import DeviceError, UnsupportedArchitectureError
 from qrealign.models.device import free_bytes
-from qrealign.serve.graphs import DecodeGraphs, powers_of_two
+from qrealign.serve.graphs import SlotGraphs
 from qrealign.serve.slots import MaskMaker, Place, SlotCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Lengths that are read are rounded up to this many cells, so that the allocator and CUDA graphs meet few shapes.
+# Lengths that are read are rounded up to this many cells, so that the allocator meets few shapes.
 _CELLS = 64
+_PROMPT_TOKENS = {"cpu": 512, "cuda": 2048}  # most prompt tokens between two decode steps: how long streams may pause
 CACHE_SHARE = 0.8  # of the memory that is free once the weights are loaded: the rest is for activations
 _CHECK_LENGTHS = (5, 9)  # tokens of the two prompts that `check` runs
 FEWEST_TOKENS = max(_CHECK_LENGTHS) + 1  # of a slot, so that both fit with the token behind them
@@ -34,7 +37,10 @@ class Runner:
         slots: rows.
         max_length: most tokens of a sequence.
         cache_bits: 8 keeps keys and values as int8 codes, None in the model's dtype.
-        cuda_graphs: replay the decode step as a CUDA graph where the model is on a GPU and leaves nothing to the host.
+        cuda_graphs: replay passes as CUDA graphs where the model is on a GPU and leaves nothing to the host.
+
+    Attributes:
+        prompt_tokens: most tokens that one pass should read of prompts, what fills up its shape included.
 
     Raises:
         UnsupportedArchitectureError: the model's attention cannot be masked row by row.
@@ -53,6 +59,7 @@ class Runner:
         self.device = find_device(model)
         self.max_length = max_length
         self.slots = slots
+        self.prompt_tokens = _PROMPT_TOKENS.get(self.device.type, _PROMPT_TOKENS["cpu"])
         self.bind_thread()
         config = model.config.get_text_config()
         self.cache = SlotCache(config.num_hidden_layers, slots, max_length, cache_bits)
@@ -60,7 +67,11 @@ class Runner:
         self._last_only = last_logits_only(model)
         self._pad = max(config.pad_token_id or 0, 0)  # some configurations name -1
         replays = cuda_graphs and self.device.type == "cuda" and has_fixed_program(model)
-        self._graphs = DecodeGraphs(self._decode, slots, self.device) if replays else None
+        self._graphs: SlotGraphs | None = None
+        if replays:
+            self._graphs = SlotGraphs(
+                self._forward, slots=slots, tokens=self.prompt_tokens, spare=max_length, device=self.device
+            )
 
     def bind_thread(self) -> None:
         """Make the model's GPU the current one of this thread, on which kernels and graphs are launched."""
@@ -77,32 +88,33 @@ class Runner:
             starts: how many tokens each row holds already.
 
         Returns:
-            `[len(rows), V]`, the logits behind the last token of each chunk.
+            `[len(rows), V]`, the logits behind the last token of each chunk, valid until the next call.
         """
         width = max(map(len, chunks))
         ids = torch.full((len(rows), width), self._pad, dtype=torch.int64)
-        positions = torch.zeros_like(ids)
         cells = torch.full_like(ids, self.max_length)  # padding stands on the left and is written to the spare cell
         for index, (chunk, start) in enumerate(zip(chunks, starts, strict=True)):
             own = slice(width - len(chunk), width)
             ids[index, own] = torch.as_tensor(chunk, dtype=torch.int64)
-            positions[index, own] = cells[index, own] = torch.arange(start, start + len(chunk))
+            cells[index, own] = torch.arange(start, start + len(chunk))
         place = Place(
-            rows=torch.as_tensor(rows, dtype=torch.int64, device=self.device),
-            cells=cells.to(self.device),
-            length=self._rounded(max(start + len(chunk) for start, chunk in zip(starts, chunks, strict=True))),
+            rows=torch.as_tensor(rows, dtype=torch.int64),
+            cells=cells,
+            length=max(start + len(chunk) for start, chunk in zip(starts, chunks, strict=True)),
             first_rows=list(rows) == list(range(len(rows))),
         )
-        return self._forward(ids.to(self.device), positions.to(self.device), place)
+        return self._run(ids, place)
+
+    def padded_tokens(self, rows: int, width: int) -> int:
+        """Return how many tokens a pass computes in which so many rows read at most `width` tokens of a prompt."""
+        return rows * width if self._graphs is None else math.prod(self._graphs.padded(rows, width))
 
     @torch.no_grad()
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Add one token to each of the rows 0 to B - 1; return `[B, V]` logits behind it, valid until the next call."""
-        length = self._rounded(max(positions) + 1)
-        if self._graphs is not None:
-            return self._graphs.step(tokens, positions, length, spare=self.max_length)
-        ids, places = (torch.as_tensor(values, device=self.device)[:, None] for values in (tokens, positions))
-        return self._decode(ids, places, length)
+        ids, cells = (torch.as_tensor(values, dtype=torch.int64)[:, None] for values in (tokens, positions))
+        rows = torch.arange(len(ids))
+        return self._run(ids, Place(rows=rows, cells=cells, length=max(positions) + 1, first_rows=True))
 
     def check(self) -> None:
         """Run two prompts side by side and compare with each alone: a model that needs more than a mask is refused.
@@ -130,36 +142,38 @@ class Runner:
                 )
 
     def warm_up(self) -> None:
-        """Record the graphs of short sequences, so that no request waits for kernels to compile; nothing may run."""
+        """Record passes over few cells, so that no request waits for kernels to compile; nothing may run."""
         if self._graphs is None:
             return
-        for rows in powers_of_two(self.slots):
-            self.decode([self._pad] * rows, [0] * rows)
+        for rows, width in self._graphs.shapes():
+            self.prefill(range(rows), [[self._pad] * width] * rows, [0] * rows)
 
     @torch.no_grad()
     def _alone(self, ids: list[int]) -> Tensor:
         """Return the logits `[V]` behind `ids` without a cache."""
         return self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, -1]
 
-    def _decode(self, ids: Tensor, positions: Tensor, length: int) -> Tensor:
-        """Run the decode step for `[B, 1]` ids at `[B, 1]` positions; only device work, so that it can be captured."""
-        rows = torch.arange(len(ids), device=self.device)
-        return self._forward(ids, positions, Place(rows=rows, cells=positions, length=length, first_rows=True))
+    def _run(self, ids: Tensor, place: Place) -> Tensor:
+        """Return the logits behind the last of `[B, Q]` ids, which are on the host as their place is."""
+        if self._graphs is not None and (logits := self._graphs.run(ids, place)) is not None:
+            return logits
+        length = min(-(-place.length // _CELLS) * _CELLS, self.max_length)
+        rows, cells = place.rows.to(self.device), place.cells.to(self.device)
+        return self._forward(ids.to(self.device), replace(place, rows=rows, cells=cells, length=length))
 
-    def _forward(self, ids: Tensor, positions: Tensor, place: Place) -> Tensor:
+    def _forward(self, ids: Tensor, place: Place) -> Tensor:
+        """Run the model; only device work, so that it can be captured."""
         self.cache.aim(place)
+        positions = place.cells % self.max_length  # 0 for what stands in the spare cell
         output = self.model(
             input_ids=ids,
             attention_mask=self._masks.make(positions, place.length),
-            position_ids=positions.clamp(max=self.max_length - 1),
+            position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
             **self._last_only,
         )
         return output.logits[:, -1]
-
-    def _rounded(self, length: int) -> int:
-        return min(-(-length // _CELLS) * _CELLS, self.max_length)
 
 
 @torch.no_grad()

@@ -90,9 +90,15 @@ class SlotLayer(CacheLayerMixin):
         if place is None:
             return None
         assert self.keys is not None and self.values is not None
-        rows = None if place.first_rows else place.rows
-        buffers = (self.keys, self.values, self.key_scale, self.value_scale)
-        return CachePlace(*buffers, place.cells, rows, place.length, advance=False)
+        return CachePlace(
+            self.keys,
+            self.values,
+            cells=place.cells,
+            length=place.length,
+            key_scale=self.key_scale,
+            value_scale=self.value_scale,
+            rows=None if place.first_rows else place.rows,
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many cells are read, and where they begin."""

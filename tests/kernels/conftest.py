@@ -18,7 +18,7 @@ STREAM = 7
 LAUNCHES = {  # of the CUDA extension's kernels in the tests that record them
     "cuda_int4": {"WARPS": 8, "ROW_TILES": 1, "STAGES": 2},
     "cuda_int8": {"WARPS": 8, "ROW_TILES": 1, "STAGES": 2},
-    "cuda_int4_tile": {"TOKENS": 128, "SHARED_ROWS": 1, "CLUSTER": 2, "SPLIT": 0},
+    "cuda_int4_tile": {"TOKENS": 128, "ROWS": 64, "CLUSTER": 2, "SPLIT": 0},
 }
 
 

@@ -40,13 +40,15 @@ TOKENS = (1, 3, 19)
 MANY = {"linear_routes": {"INT8_FEW": 0, "INT4_FEW": 0}}  # the way of many tokens, at few
 DECODE_CUTS = [{"WARPS": warps, "ROW_TILES": tiles, "STAGES": 2} for warps, tiles in ((4, 1), (8, 2))]
 TILE_CUTS = [
-    {"TOKENS": tokens, "SHARED_ROWS": shared, "CLUSTER": cluster, "SPLIT": split}
-    for tokens, shared, cluster, split in (
-        (64, 1, 1, 0),
-        (128, 1, 2, 0),
-        (128, 1, 1, 1),
-        (128, 0, 1, 0),
-        (256, 0, 2, 0),
+    {"TOKENS": tokens, "ROWS": rows, "CLUSTER": cluster, "SPLIT": split}
+    for tokens, rows, cluster, split in (
+        (64, 64, 1, 0),
+        (128, 64, 2, 0),
+        (128, 64, 1, 1),
+        (128, 128, 1, 0),
+        (128, 192, 1, 1),
+        (256, 128, 2, 0),
+        (256, 128, 2, 1),
     )
 ]
 LEARNED = [(False, False, 0), (True, False, 0), (True, True, 0), (True, True, 2), (False, False, 16)]
@@ -143,6 +145,26 @@ def reduced_gradient(scaled: bool, divided: bool) -> float:
     return max(error_of(one, other) for one, other in pairs if one is not None and other is not None)
 
 
+def edit_gradients(rank: int, coded: bool) -> float:
+    """Return the largest relative error of the gradients of an edit of a linear layer's weight."""
+    x, scale = torch.randn(37, 1160).bfloat16(), None
+    if coded:
+        x, scale = reference.quantize_per_token_ref(x)
+    given = (torch.randn(37, ROWS).bfloat16(), x, torch.randn(ROWS, rank), torch.randn(rank, 1160), scale)
+    pairs = zip(kernels.low_rank_gradients(*given), definitions.low_rank_gradients_ref(*given), strict=True)
+    return max(error_of(one, other) for one, other in pairs)
+
+
+def turned_heads(heads: int, width: int) -> float:
+    """Return the larger relative error of turned heads and of their gradient."""
+    x = torch.randn(2, 19, heads, width).bfloat16().transpose(1, 2).requires_grad_()
+    cos, sin = torch.rand(2, 1, 19, width).bfloat16()
+    turned, grad = kernels.rotate_heads(x, cos, sin), torch.randn(2, heads, 19, width).bfloat16()
+    (found,) = torch.autograd.grad(turned, x, grad)
+    wanted = definitions.rotate_heads_ref(grad, cos, sin, transposed=True)
+    return max(error_of(turned, definitions.rotate_heads_ref(x, cos, sin)), error_of(found, wanted))
+
+
 def tokens_alone(columns: int) -> float:
     """Return the largest relative error of rounded tokens, alone and behind a gate or an RMS norm, and of gradients."""
     x, gate, up = (torch.randn(5, columns).bfloat16().requires_grad_() for _ in range(3))
@@ -188,25 +210,34 @@ def step_between_products(columns: int, offset: float) -> float:
 
 def attention(op: str, heads: int, groups: int, size: int, masked: bool, coded: bool) -> float:
     """Return the largest relative error of an op's attention over a cache and of what it leaves in the buffers."""
-    length, tokens = 133, () if op == "decode_attention" else (19,)
-    states = torch.randn(3, *tokens, heads + 2 * groups, size).bfloat16()
-    query, key, value = states.split([heads, groups, groups], dim=-2)
-    cos, sin = torch.rand(2, 3, *tokens, size).bfloat16()
-    keys, values = torch.randn(2, 3, groups, length, size).bfloat16()
-    buffers = {"keys": keys, "values": values}
-    if coded:
-        (keys, key_scale), (values, value_scale) = map(reference.quantize_per_token_ref, (keys, values))
-        scales = {"key_scale": key_scale[..., 0].contiguous(), "value_scale": value_scale[..., 0].contiguous()}
-        buffers = {"keys": keys, "values": values, **scales}
-    each = torch.tensor([0, 57, 132 - sum(tokens)])
-    errors = []
-    for cells in (each[:, None] + torch.arange(*tokens) if tokens else each, torch.tensor([57])):
+    device, length, tokens = torch.get_default_device(), 133, () if op == "decode_attention" else (19,)
+    with torch.device("cpu"):  # where the definition is computed: racecheck takes minutes over the library's products
+        states = torch.randn(3, *tokens, heads + 2 * groups, size).bfloat16()
+        turns = torch.rand(2, 3, *tokens, size).bfloat16()
+        buffers = dict(zip(("keys", "values"), torch.randn(2, 3, groups, length, size).bfloat16(), strict=True))
         mask = torch.rand(3, *tokens, length) < 0.5 if masked else None
-        given = {"mask": mask, "length": length, "scaling": size**-0.5, "advance": len(cells) == 1}
-        ours, theirs = ({name: held.clone() for name, held in (buffers | {"cells": cells}).items()} for _ in range(2))
-        got = getattr(kernels, op)(query, key, value, cos, sin, **ours, **given)
-        want = getattr(reference_attention, f"{op}_ref")(query, key, value, cos, sin, **theirs, **given)
-        errors += map(error_of, (got, *ours.values()), (want, *theirs.values()))
+        each = torch.tensor([0, 57, 132 - sum(tokens)])
+        places = (each[:, None] + torch.arange(*tokens) if tokens else each, torch.tensor([57]))
+    if coded:
+        for name, scale in (("keys", "key_scale"), ("values", "value_scale")):
+            buffers[name], scales = reference.quantize_per_token_ref(buffers[name])
+            buffers[scale] = scales[..., 0].contiguous()
+
+    def attend(call: Callable[..., torch.Tensor], held: dict[str, torch.Tensor]) -> torch.Tensor:
+        where = held["cells"].device
+        new = kernels.TokenStates(*states.to(where).split([heads, groups, groups], dim=-2), *turns.to(where))
+        place = kernels.CachePlace(**held, length=length, advance=len(held["cells"]) == 1)
+        return call(new, place, None if mask is None else mask.to(where), scaling=size**-0.5)
+
+    errors = []
+    for cells in places:
+        tensors = buffers | {"cells": cells}
+        ours = {name: held.to(device, copy=True) for name, held in tensors.items()}
+        theirs = {name: held.clone() for name, held in tensors.items()}
+        got = attend(getattr(kernels, op), ours)
+        want = attend(getattr(reference_attention, f"{op}_ref"), theirs)
+        pairs = zip((got, *ours.values()), (want, *theirs.values()), strict=True)
+        errors += [error_of(one.cpu(), other) for one, other in pairs]
     return max(errors)
 
 
@@ -237,6 +268,10 @@ def checks() -> Iterator[Check]:
         yield f"tokens of {columns}", {}, partial(tokens_alone, columns)
         for offset in (0.0, 1.0):
             yield f"step of {columns}, {offset}", {}, partial(step_between_products, columns, offset)
+    for rank, coded in ((2, True), (3, False)):
+        yield f"gradients of an edit of rank {rank}", {}, partial(edit_gradients, rank, coded)
+    for heads, width in ((5, 24), (20, 128)):
+        yield f"{heads} heads of {width}, turned", {}, partial(turned_heads, heads, width)
     yield "rows of the host", {}, rows_of_the_host
     shapes, ops = ((6, 2, 40), (4, 4, 128), (7, 1, 64)), ("decode_attention", "prompt_attention")
     for op, shape, masked, coded in itertools.product(ops, shapes, (False, True), (False, True)):

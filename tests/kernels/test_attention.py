@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,9 +15,10 @@ from qrealign_kernels import launches, reference_attention
 from qrealign_kernels.reference import quantize_per_token_ref
 from qrealign_kernels.triton_common import interpreting
 
-LENGTH = 45
+LENGTH = 37  # cells, two tiles and a part
 TOKENS = 19  # of a prompt, more than a tile
 BUFFERS = ("keys", "values", "key_scale", "value_scale")
+KINDS = (kernels.TokenStates, kernels.CachePlace)
 SHAPES = pytest.mark.parametrize(("heads", "groups", "size"), [(4, 4, 32), (4, 2, 32), (6, 2, 40), (5, 1, 16)])
 
 
@@ -72,11 +73,17 @@ def copied(given: dict[str, Any]) -> dict[str, Any]:
     return given | {name: given[name].clone() for name in (*BUFFERS, "cells") if given.get(name) is not None}
 
 
+def call(run: Callable[..., torch.Tensor], given: dict[str, Any]) -> torch.Tensor:
+    """Run an op or a definition on tensors and settings by their names."""
+    states, place = (kind(**{name: given[name] for name in kind._fields if name in given}) for kind in KINDS)
+    return run(states, place, given["mask"], scaling=given["scaling"])
+
+
 def assert_agrees(op: str, given: dict[str, Any], *, advance: bool = False, tolerance: float = 1e-5) -> None:
     """Run a call on the chosen backend and by definition: the same result, and the same in the buffers."""
-    ours, theirs = copied(given), copied(given)
-    found = getattr(kernels, op)(**ours, advance=advance)
-    expected = getattr(reference_attention, f"{op}_ref")(**theirs, advance=advance)
+    ours, theirs = (copied(given | {"advance": advance}) for _ in range(2))
+    found = call(getattr(kernels, op), ours)
+    expected = call(getattr(reference_attention, f"{op}_ref"), theirs)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     for name in (*BUFFERS, "cells"):
         if given.get(name) is not None:
@@ -118,7 +125,7 @@ def test_rows_can_share_a_cell_that_moves_on(each_backend: str) -> None:
 def test_a_cell_behind_the_length_reads_no_further(each_backend: str) -> None:
     given = step_inputs() | {"cells": torch.tensor([LENGTH + 3, 5, LENGTH])}
     given["keys"][:, :, LENGTH:] = given["values"][:, :, LENGTH:] = float("nan")
-    found = kernels.decode_attention(**copied(given))
+    found = call(kernels.decode_attention, copied(given))
     assert torch.isfinite(found).all()
     assert_steps_agree(given)
 
@@ -127,7 +134,7 @@ def test_attention_is_that_of_hugging_face(each_backend: str) -> None:
     given = step_inputs()
     batch, heads, _ = given["query"].shape
     ours = copied(given)
-    found = kernels.decode_attention(**ours)
+    found = call(kernels.decode_attention, ours)
     query, key = apply_rotary_pos_emb(
         given["query"][:, :, None], given["key"][:, :, None], given["cos"][:, None], given["sin"][:, None]
     )
@@ -152,13 +159,14 @@ def test_attention_is_that_of_hugging_face(each_backend: str) -> None:
         ({"length": LENGTH + 5}, ValueError, "keys and values"),
         ({"cells": torch.zeros(2, dtype=torch.int64)}, ValueError, "cells must be"),
         ({"advance": True}, ValueError, "to advance"),
+        ({"rows": torch.arange(3)}, ValueError, "first rows"),
         ({"mask": torch.ones(3, LENGTH)}, ValueError, "mask must be bool"),
         ({"sin": torch.zeros(3, 32, dtype=torch.float16)}, TypeError, "sin must have one"),
     ],
 )
 def test_what_attention_cannot_take_is_refused(change: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        kernels.decode_attention(**step_inputs() | change)
+        call(kernels.decode_attention, step_inputs() | change)
 
 
 @pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 32), (3, 1, 40)])
@@ -174,7 +182,7 @@ def test_prompts_attend_as_defined(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_prompts_are_rounded_where_the_model_rounds(each_backend: str, dtype: torch.dtype) -> None:
-    given = prompt_inputs(dtype=dtype)
+    given = prompt_inputs(tokens=5, dtype=dtype)
     assert_agrees("prompt_attention", as_codes(given) if dtype == torch.bfloat16 else given, tolerance=1e-2)
 
 
@@ -183,8 +191,8 @@ def test_prompts_go_to_any_rows_and_cells(each_backend: str) -> None:
     given = prompt_inputs()
     given["cells"][0, :4] = LENGTH + 3
     ours, theirs = (copied(as_codes(given) | {"rows": torch.tensor([2, 0])}) for _ in range(2))
-    found = kernels.prompt_attention(**ours)
-    expected = reference_attention.prompt_attention_ref(**theirs, advance=False)
+    found = call(kernels.prompt_attention, ours)
+    expected = call(reference_attention.prompt_attention_ref, theirs)
     torch.testing.assert_close(found[0, 4:], expected[0, 4:], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[1:], expected[1:], rtol=1e-5, atol=1e-5)
     for name in BUFFERS:
@@ -192,9 +200,9 @@ def test_prompts_go_to_any_rows_and_cells(each_backend: str) -> None:
 
 
 def test_rows_of_a_prompt_can_share_a_first_cell_that_moves_on(each_backend: str) -> None:
-    given = prompt_inputs() | {"cells": torch.tensor([9])}
+    given = prompt_inputs(tokens=5) | {"cells": torch.tensor([9])}
     given |= {name: given[name][:1].expand(2, -1, -1) for name in ("cos", "sin")}
-    mask = (torch.rand(1, TOKENS, LENGTH) < 0.8).expand(2, -1, -1)
+    mask = (torch.rand(1, 5, LENGTH) < 0.8).expand(2, -1, -1)
     assert_agrees("prompt_attention", given | {"mask": mask}, advance=True)
 
 
@@ -202,15 +210,15 @@ def test_steps_and_pieces_of_a_prompt_see_what_the_whole_prompt_sees(each_backen
     """What was stored is what is seen, so that a cache of codes gives the same however a prompt is cut."""
     whole = copied(as_codes(prompt_inputs(batch=1)))
     cut = copied(whole)
-    expected = kernels.prompt_attention(**whole)
+    expected = call(kernels.prompt_attention, whole)
     found = []
     for start, end in ((0, 7), (7, 18), (18, 19)):
         piece = {name: cut[name][:, start:end] for name in ("query", "key", "value", "cos", "sin", "cells")}
         if end - start > 1:
-            found.append(kernels.prompt_attention(**cut | piece))
+            found.append(call(kernels.prompt_attention, cut | piece))
         else:
             one = {name: tensor[:, 0] for name, tensor in piece.items()}
-            found.append(kernels.decode_attention(**cut | one)[:, None])
+            found.append(call(kernels.decode_attention, cut | one)[:, None])
     torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -227,14 +235,14 @@ def test_steps_and_pieces_of_a_prompt_see_what_the_whole_prompt_sees(each_backen
 )
 def test_what_a_prompt_cannot_take_is_refused(change: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        kernels.prompt_attention(**prompt_inputs() | change)
+        call(kernels.prompt_attention, prompt_inputs() | change)
 
 
 def test_codes_without_all_their_scales_are_refused() -> None:
     given = as_codes(step_inputs())
     with pytest.raises(ValueError, match="together"):
-        kernels.decode_attention(**given | {"value_scale": None})
+        call(kernels.decode_attention, given | {"value_scale": None})
     with pytest.raises(ValueError, match="contiguous float32"):
-        kernels.decode_attention(**given | {"value_scale": given["value_scale"].half()})
+        call(kernels.decode_attention, given | {"value_scale": given["value_scale"].half()})
     with pytest.raises(TypeError, match="without scales"):
-        kernels.decode_attention(**given | {"key_scale": None, "value_scale": None})
+        call(kernels.decode_attention, given | {"key_scale": None, "value_scale": None})

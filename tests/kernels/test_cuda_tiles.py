@@ -39,7 +39,7 @@ def test_the_launch_goes_with_addresses_and_sizes(extension: Recorder) -> None:
     pointers = (x, weight.data, weight.scale, weight.zero_point)
     sizes = (50, 48, 384, 512 // 2, 3)  # 384 columns fill two blocks of 256
     addresses = (*(tensor.data_ptr() for tensor in pointers), 0, out.data_ptr())
-    assert extension.calls == [("matmul_int4", (*addresses, *sizes, 128, True, 2, 0, 0, STREAM))]
+    assert extension.calls == [("matmul_int4", (*addresses, *sizes, 128, 64, 2, 0, 0, STREAM))]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_everything_else_is_left_to_triton(
 def test_tiles_are_split_with_places_for_their_sums(extension: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_tiles, "multiprocessors", lambda device: 3)
     weight, x = packed(48, 384, groups=3), torch.randn(50, 384).bfloat16()
-    launch = {"TOKENS": 128, "SHARED_ROWS": 0, "CLUSTER": 1, "SPLIT": 1}
+    launch = {"TOKENS": 128, "ROWS": 128, "CLUSTER": 1, "SPLIT": 1}
     with launches.forced("cuda_int4_tile", launch):
         run(x, weight)
         run(x, weight)
@@ -99,8 +99,9 @@ class TestOnGpu:
         (300, 11001, 1408, 11),  # more tiles than multiprocessors, and some are left
     )
     CUTS = (
-        *((64, 1, 1, 0), (128, 1, 1, 0), (128, 1, 2, 0), (128, 0, 1, 0), (256, 0, 1, 0), (256, 0, 2, 0)),
-        *((128, 1, 1, 1), (128, 0, 1, 1), (256, 0, 1, 1)),
+        *((64, 64, 1, 0), (128, 64, 1, 0), (128, 64, 1, 1), (128, 64, 2, 0), (128, 128, 1, 0), (128, 128, 1, 1)),
+        *((128, 192, 1, 0), (128, 192, 1, 1), (128, 192, 2, 0), (128, 192, 2, 1)),
+        *((256, 128, 1, 0), (256, 128, 1, 1), (256, 128, 2, 0), (256, 128, 2, 1)),
     )
 
     @pytest.mark.parametrize("asymmetric", [False, True])

@@ -119,6 +119,25 @@ def test_tokens_wider_than_a_tile_equal_the_definition(each_backend: str, monkey
     assert x.grad is not None and torch.isfinite(x.grad).all()
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_gradients_alone_are_those_of_the_rounded_tokens(each_backend: str, offset: float) -> None:
+    x, weight, up, grad = torch.randn(5, 70), torch.rand(70), torch.randn(5, 70), torch.randn(5, 70)
+    for operands, fake, gradients in (
+        (
+            (x, weight),
+            lambda x, weight: kernels.rms_norm_fake_quant(x, weight, EPS, offset=offset),
+            lambda *given: kernels.rms_norm_gradients(*given, EPS, offset=offset),
+        ),
+        ((x, up), kernels.silu_mul_fake_quant, kernels.silu_mul_gradients),
+    ):
+        leaves = [operand.clone().requires_grad_() for operand in operands]
+        expected = torch.autograd.grad(fake(*leaves), leaves, grad)
+        for found, wanted in zip(gradients(grad, *operands), expected, strict=True):
+            assert torch.equal(found, wanted)
+        with pytest.raises(ValueError, match="grad must be"):
+            gradients(grad[1:], *operands)
+
+
 def test_every_element_is_written(each_backend: str, poisoned_memory: None) -> None:
     x, weight = torch.randn(5, 70, requires_grad=True), torch.rand(70, requires_grad=True)
     up = torch.randn(5, 70, requires_grad=True)

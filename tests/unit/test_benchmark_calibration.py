@@ -360,6 +360,7 @@ def test_nothing_is_measured_where_a_kernel_s_test_fails(monkeypatch):
 
 def test_steps_are_counted_up_without_what_comes_once():
     assert runner.counted_up(10.0, 4, 40, once=2.0) == 82.0 and runner.counted_up(10.0, 4, 4, once=2.0) == 10.0
+    assert runner.counted_up(10.0, 4, 40, once=2.0, step=1.0) == 46.0
 
 
 def test_the_baseline_records_nothing_and_a_profile_lists_the_longest(monkeypatch):

@@ -67,7 +67,9 @@ def test_headline_is_the_smaller_ratio_to_torchs_best_whole_path(
 ) -> None:
     by_tokens = {1: timings(1, 1.0, 1.5, 0.1), 128: timings(128, 4.0, 5.0, 0.1)}
     monkeypatch.setattr(command, "measure", lambda rows, columns, tokens, seconds: by_tokens[tokens])
-    summary = tmp_path / "summary.json"
-    arguments = ["--tokens", "1", "128", "--output", str(tmp_path / "cpu.csv"), "--summary", str(summary)]
+    summary, output = tmp_path / "summary.json", tmp_path / "cpu.csv"
+    monkeypatch.setattr("benchmarks.summary.commit", lambda: "abc-dirty" if output.exists() else "abc")
+    arguments = ["--tokens", "1", "128", "--output", str(output), "--summary", str(summary)]
     assert command.main(arguments) == 0
-    assert json.loads(summary.read_text())["serving"]["cpu_int8_linear_vs_torch"]["value"] == 1.25
+    figure = json.loads(summary.read_text())["serving"]["cpu_int8_linear_vs_torch"]
+    assert (figure["value"], figure["commit"]) == (1.25, "abc"), "its own output is no change of the tree"

@@ -17,6 +17,7 @@ from qrealign.config import parse_scheme
 from qrealign.deploy.load import deploy_model
 from qrealign.pack.size import packed_linear_bytes
 from qrealign.pack.source import PackedSource
+from qrealign.status import BAD_INPUT
 from tests.unit.pack_helpers import open_tiny, quantized, write
 
 TINY = find_geometry("tiny")
@@ -99,7 +100,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert "| tiny | w4a16 | 2 | plain |" in capsys.readouterr().out
     assert command.main([*flags, "--only-report"]) == 0
     assert "| tiny | w4a16 | 2 | plain |" in capsys.readouterr().out
-    assert command.main(["--geometry", "unknown"]) == 1
+    assert command.main(["--geometry", "unknown"]) == BAD_INPUT
     assert "unknown geometry" in capsys.readouterr().err
 
 
@@ -118,5 +119,5 @@ def test_quality_is_measured_through_the_cache(tmp_path: Path, capsys: pytest.Ca
     plain = float(row["plain"])
     assert all(0 < abs(float(row[name]) / plain - 1) < 0.05 for name in ("int8 cache", "int8 cache and head"))
     assert f"| tiny | 100 | {plain:.3f} |" in document.read_text()
-    assert quality.main([str(tmp_path / "absent"), "--text", str(text)]) == 1
+    assert quality.main([str(tmp_path / "absent"), "--text", str(text)]) == BAD_INPUT
     assert "error:" in capsys.readouterr().err

@@ -27,14 +27,14 @@ class Gated(nn.Module):
         return self.down(torch.sigmoid(self.gate(x)) * self.up(x))
 
 
-def edited(name, is_coded):
+def edited(name, is_coded, keeps_codes=False):
     torch.manual_seed(0)
     block = Gated().requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
     for layer in swap_linears(block, parse_scheme(name), scale_dtype=torch.bfloat16).values():
         layer.edit = LowRankEdit(layer.weight, rank=3, budget=0.1, generator=generator)
         nn.init.normal_(layer.edit.left, std=0.02, generator=generator)
-        layer.coded = is_coded
+        layer.coded, layer.keeps_codes = is_coded, keeps_codes
     return block
 
 
@@ -46,10 +46,11 @@ def run(block, x):
     return out.detach(), {"x": x.grad, **gradients}
 
 
+@pytest.mark.parametrize("keeps_codes", [False, True])
 @pytest.mark.parametrize("name", SCHEMES)
-def test_values_and_gradients_are_those_of_the_kept_weight(name):
+def test_values_and_gradients_are_those_of_the_kept_weight(name, keeps_codes):
     x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(2))
-    (expected, wanted), (found, gradients) = (run(edited(name, is_coded), x) for is_coded in (False, True))
+    (expected, wanted), (found, gradients) = (run(edited(name, *how), x) for how in ((False,), (True, keeps_codes)))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert gradients.keys() == wanted.keys() and len(gradients) == 7
     for key, gradient in gradients.items():
@@ -91,6 +92,22 @@ def test_no_weight_is_kept_between_the_passes(name):
         block(torch.randn(2, 64))
     new = [tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in owned]
     assert new and max(tensor.numel() for tensor in new) <= 2 * 96
+
+
+def test_a_weight_whose_codes_are_kept_is_rounded_once(monkeypatch):
+    calls = []
+    for name in ("encode_weight", "fake_quant_weight"):
+        original = getattr(coded, name)
+        monkeypatch.setattr(
+            coded, name, lambda *args, name=name, original=original, **kw: calls.append(name) or original(*args, **kw)
+        )
+    for keeps_codes, expected in (
+        (True, ["encode_weight"] * 3),
+        (False, ["encode_weight"] * 3 + ["fake_quant_weight"] * 3),
+    ):
+        calls.clear()
+        run(edited("w8a8", True, keeps_codes), torch.randn(2, 64))
+        assert sorted(calls) == expected
 
 
 def test_only_an_edit_that_learns_alone_is_coded():

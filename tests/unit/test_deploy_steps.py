@@ -16,6 +16,7 @@ from qrealign.deploy import steps
 from qrealign.deploy.decoder import StaticDecoder
 from qrealign.deploy.layers import SummingNorm
 from qrealign.serve.runner import Runner
+from qrealign_kernels import TokenStates
 from tests.helpers import random_batch, tiny_model
 from tests.unit.deploy_helpers import deployed, greedy
 
@@ -27,9 +28,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the calls of the fused attention of steps by their rows."""
     calls: list[int] = []
 
-    def attend(query: torch.Tensor, *given: Any, **options: Any) -> torch.Tensor:
-        calls.append(len(query))
-        return qrealign_kernels.decode_attention(query, *given, **options)
+    def attend(states: TokenStates, *given: Any, **options: Any) -> torch.Tensor:
+        calls.append(len(states.query))
+        return qrealign_kernels.decode_attention(states, *given, **options)
 
     monkeypatch.setattr(steps, "decode_attention", attend)
     return calls
@@ -40,9 +41,9 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Keep the rows and tokens of the calls of the fused attention of prompts."""
     calls: list[tuple[int, ...]] = []
 
-    def attend(query: torch.Tensor, *given: Any, **options: Any) -> torch.Tensor:
-        calls.append(tuple(query.shape[:2]))
-        return qrealign_kernels.prompt_attention(query, *given, **options)
+    def attend(states: TokenStates, *given: Any, **options: Any) -> torch.Tensor:
+        calls.append(tuple(states.query.shape[:2]))
+        return qrealign_kernels.prompt_attention(states, *given, **options)
 
     monkeypatch.setattr(steps, "prompt_attention", attend)
     return calls

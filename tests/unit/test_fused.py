@@ -6,8 +6,9 @@ import torch
 from qrealign.arch import block_spec
 from qrealign.config import parse_scheme
 from qrealign.data.capture import capture_block_inputs, run_block
+from qrealign.quant import fused
 from qrealign.quant.fake_quant import FakeQuantLinear, swap_linears
-from qrealign.quant.fused import fused_inputs
+from qrealign.quant.fused import fused_inputs, fused_rotation
 from qrealign.quant.transform import EquivalentTransform
 from tests.helpers import random_batch, tiny_model
 
@@ -82,3 +83,46 @@ def test_linears_without_rounded_inputs_are_left_alone():
             layer.scheme = parse_scheme("w4a16_g32")
     with fused_inputs(block, spec) as names:
         assert names == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fits"), [("llama", True), ("qwen2", True), ("gemma2", True), ("phi3", True), ("opt", False)]
+)
+def test_queries_and_keys_are_turned_in_one_pass_with_the_same_bits(model_type, fits, monkeypatch):
+    turned, original = [], fused.rotate_heads
+    monkeypatch.setattr(fused, "rotate_heads", lambda x, *rest: turned.append(x.shape[1]) or original(x, *rest))
+    block, _, hidden, kwargs, transform = learning_block(model_type)
+    expected, wanted = output_and_gradients(block, hidden, kwargs, transform)
+    with fused_rotation(block) as found:
+        assert found == fits
+        output, gradients = output_and_gradients(block, hidden, kwargs, transform)
+    assert len(turned) == (2 if fits else 0)
+    assert torch.equal(output, expected)
+    assert all(torch.equal(gradients[name], value) for name, value in wanted.items())
+    output_and_gradients(block, hidden, kwargs, transform)
+    assert len(turned) == (2 if fits else 0)  # as before, at the end
+
+
+def test_a_function_that_turns_otherwise_is_left_alone(monkeypatch):
+    block = learning_block("llama")[0]
+    module = fused.inspect.getmodule(type(block))
+    for other in (lambda q, k, cos, sin: (q, k), lambda q: q, lambda q, k, cos, sin: (q,)):
+        monkeypatch.setattr(module, "apply_rotary_pos_emb", other)
+        with fused_rotation(block) as found:
+            assert not found and module.apply_rotary_pos_emb is other
+
+
+def test_what_is_asked_for_otherwise_is_left_to_the_model():
+    calls, x = [], torch.randn(1, 2, 3, 8)
+
+    def own(*args, **named):
+        calls.append(named)
+        return args[:2]
+
+    angles = torch.randn(1, 3, 8)
+    fused._rotate(own, x, x, angles, angles, unsqueeze_dim=2)
+    fused._rotate(own, x, x, angles[..., :4], angles[..., :4])
+    fused._rotate(own, x, x, angles.double(), angles)
+    assert len(calls) == 3
+    fused._rotate(own, x, x, angles, angles)
+    assert len(calls) == 3

@@ -14,7 +14,7 @@ from qrealign.config import parse_scheme
 from qrealign.models.source import open_model
 from qrealign.models.streaming import is_streamed
 from qrealign.models.transfer import open_stream
-from qrealign.pipeline import calibrating, models, preflight, student
+from qrealign.pipeline import calibrating, models, preflight, student, teaching
 from qrealign.pipeline.models import ModelPool
 from qrealign.pipeline.student import Student, graph_bytes, kept_blocks
 from qrealign.quant.fake_quant import fake_quant_linears
@@ -117,6 +117,69 @@ def test_the_student_takes_over_the_teacher_that_it_starts_from(source, adapted)
     assert pool.take(adapted) is None and not pool._kept
 
 
+@pytest.mark.parametrize(
+    ("free", "streamed", "expected"), [(140, False, 32), (140, True, 55), (7, True, 41), (2, True, 32)]
+)
+def test_a_teacher_answers_more_prompts_at_once_where_its_weights_are_streamed(monkeypatch, free, streamed, expected):
+    """Sizes of a Llama-2-7B: 512 KiB of keys and values a token."""
+    monkeypatch.setattr(teaching, "free_bytes", lambda _: free * 2**30)
+    pool = SimpleNamespace(
+        dtype=torch.bfloat16,
+        fits=lambda _: not streamed,
+        resident_bytes=lambda _: 13.5e9,
+        weight_bytes=lambda _: 2**30,
+    )
+    config = SimpleNamespace(num_attention_heads=32, num_key_value_heads=32, head_dim=128)
+    source = SimpleNamespace(config=config, num_blocks=32)
+    settings = method_settings("realign", sequence_length=128, refusal_tokens=8, benign_tokens=20)
+    context = SimpleNamespace(device=GPU, finetuned=source, pool=pool)
+    assert teaching.teacher_batch(context, settings) == expected
+
+
+def test_streamed_models_of_the_same_files_share_what_lies_in_host_memory(source, adapted, monkeypatch):
+    """The aligned model, the fine-tuned one and the student: blocks are read once, and merged once."""
+    read, merged = [], []
+    monkeypatch.setattr(ModelPool, "copies_blocks", True)
+    for one, name, calls in (
+        (source, "unmerged_block", read),
+        (adapted, "unmerged_block", read),
+        (adapted, "merge_block", merged),
+    ):
+        original = getattr(one, name)
+        monkeypatch.setattr(
+            one, name, lambda index, rest, calls=calls, original=original: calls.append(index) or original(index, rest)
+        )
+    pool = ModelPool(CPU, "streamed")
+    aligned = pool.full_precision("aligned", source)
+    assert torch.equal(logits(aligned), logits(source.load_model("cpu")))
+    finetuned = pool.full_precision("finetuned", adapted, instead_of="aligned")
+    expected = logits(adapted.load_model("cpu"))
+    assert torch.equal(logits(finetuned), expected) and torch.equal(logits(finetuned), expected)
+    assert pool.take(adapted) is None
+    stream = pool.open_stream(adapted)
+    for index in range(4):
+        assert all(
+            torch.equal(value, stream.acquire(index)[name]) for name, value in adapted.block_state(index).items()
+        )
+    assert sorted(read) == sorted(merged) == [0, 1, 2, 3]
+    stream.close()
+
+
+def test_host_memory_of_other_files_is_given_back(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(ModelPool, "copies_blocks", True)
+    other = open_model(str(tiny_checkpoint(tmp_path / "other", seed=5, num_hidden_layers=4)))
+    pool = ModelPool(CPU, "streamed")
+    pool.full_precision("aligned", other)
+    host = pool._streams["aligned"].host
+    model = pool.full_precision("finetuned", source, instead_of="aligned")
+    assert not host._all and torch.equal(logits(model), logits(source.load_model("cpu")))
+    pool.full_precision("another", other)
+    assert list(pool._streams) == ["another"]  # whoever holds the one before may still use it
+    assert torch.equal(logits(model), logits(source.load_model("cpu")))
+    pool.release()
+    assert not pool._streams
+
+
 def test_a_streamed_student_computes_and_freezes_what_a_resident_one_does(adapted):
     resident, streamed = (Student(context_of(adapted, ModelPool(CPU, m)), SETTINGS) for m in ("resident", "streamed"))
     assert streamed.streamed and not resident.streamed
@@ -159,15 +222,30 @@ def test_blocks_keep_their_activations_as_far_as_memory_allows(adapted, monkeypa
     one = fixed + each * SETTINGS.batch_size * (SETTINGS.sequence_length + SETTINGS.benign_tokens)
     for share, expected in ((0.0, 0), (2.5, 2), (99.0, 4)):
         monkeypatch.setattr(student, "free_bytes", lambda _, s=share: s * one / student.ACTIVATION_SHARE)
-        assert kept_blocks(context, SETTINGS, it.model, blocks) == expected
+        assert kept_blocks(context, SETTINGS, it.model, blocks) == (expected, 0)
     context.device = GPU
     monkeypatch.setattr(student, "free_bytes", lambda _: 1e15)
+    codes = sum(layer.weight.numel() for layer in fake_quant_linears(blocks[0]).values())
+    monkeypatch.setattr(pool, "resident_bytes", lambda _: int((4 * one + 2.5 * codes) / student.KEPT_SHARE))
+    assert kept_blocks(context, SETTINGS, it.model, blocks) == (4, 2)
     monkeypatch.setattr(pool, "resident_bytes", lambda _: int(3.5 * one / student.KEPT_SHARE))
-    assert kept_blocks(context, SETTINGS, it.model, blocks) == 3
+    assert kept_blocks(context, SETTINGS, it.model, blocks) == (3, 0)
     monkeypatch.setattr(student, "free_bytes", lambda _: 2 * 1.5 * one)
-    assert kept_blocks(context, SETTINGS, it.model, blocks) == 1
+    assert kept_blocks(context, SETTINGS, it.model, blocks) == (1, 0)
     context.team = Team(rank=0, size=SETTINGS.batch_size)  # a sample for each process
-    assert kept_blocks(context, SETTINGS, it.model, blocks) > 1
+    assert kept_blocks(context, SETTINGS, it.model, blocks)[0] > 1
+
+
+def test_codes_are_kept_where_blocks_are_computed_again_and_where_memory_is_left(adapted, monkeypatch):
+    found = {}
+    for plan in ((2, 0), (4, 1)):
+        monkeypatch.setattr(student, "kept_blocks", lambda *_, plan=plan: plan)
+        it = Student(context_of(adapted, ModelPool(CPU)), SETTINGS)
+        blocks = [fake_quant_linears(block).values() for block in adapted.spec.blocks_of(it.model)]
+        found[plan] = [{layer.keeps_codes for layer in layers} for layers in blocks]
+    assert found == {(2, 0): [{True}, {True}, {False}, {False}], (4, 1): [{False}, {False}, {False}, {True}]}
+    streamed = Student(context_of(adapted, ModelPool(CPU, "streamed")), SETTINGS)
+    assert not any(layer.keeps_codes for layer in fake_quant_linears(streamed.model).values())
 
 
 def test_the_bytes_of_a_graph_grow_with_its_tokens_and_hold_no_parameters(source):
@@ -184,6 +262,7 @@ def test_the_bytes_of_a_graph_grow_with_its_tokens_and_hold_no_parameters(source
 
 
 def test_preflight_says_what_a_step_moves(source, monkeypatch):
+    monkeypatch.setattr(teaching, "free_bytes", lambda _: 10**15)
     for memory, words in (
         ("resident", "weights resident"),
         ("streamed", "weights streamed: 0.0 GiB come from the host in each step"),
@@ -199,7 +278,10 @@ def test_preflight_says_what_a_step_moves(source, monkeypatch):
     resident, streamed = (ModelPool(CPU, name) for name in ("resident", "streamed"))
     for pool in (resident, streamed):
         pool.device = GPU
-    assert preflight.memory_bytes(context_of(source, streamed)) < preflight.memory_bytes(context_of(source, resident))
+    sizes = [preflight.memory_bytes(context_of(source, pool)) for pool in (streamed, resident)]
+    assert sizes[0] < sizes[1]
+    monkeypatch.setattr(preflight, "cache_bytes", lambda *_: 10**9)  # the teachers' answers then take more than a step
+    assert preflight.memory_bytes(context_of(source, streamed)) > 10**9 > sizes[1]
 
 
 def test_preflight_says_where_the_streams_of_the_block_wise_engine_are(source, monkeypatch):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from qrealign.errors import ConfigError, DeviceError, UnsupportedArchitectureError
-from qrealign.serve.graphs import powers_of_two
+from qrealign.serve.graphs import SlotGraphs
 from qrealign.serve.runner import Runner, cache_bytes_per_token, fitting_slots
 from qrealign.serve.slots import MaskMaker
 from tests.helpers import MODEL_TYPES, VOCAB, tiny_config, tiny_model
@@ -39,18 +41,22 @@ def decode_together(runner: Runner, first: list[int], lengths: list[int]) -> lis
     return answers
 
 
+def answers_together(runner: Runner, prompts: list[list[int]]) -> list[list[int]]:
+    """Return the continuations of three prompts in one batch."""
+    runner.check()
+    # The second prompt comes in two pieces, in a row that it leaves before it decodes.
+    token = int(runner.prefill([0, 2], [prompts[0], prompts[1][:10]], [0, 0])[0].argmax())
+    runner.cache.swap_rows(2, 1, 10)
+    rest = runner.prefill([1, 2], [prompts[1][10:], prompts[2]], [10, 0])
+    tokens = [token, *rest.argmax(-1).tolist()]
+    return decode_together(runner, tokens, [len(prompt) for prompt in prompts])
+
+
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_architecture_continues_as_alone(model_type):
     model = tiny_model(model_type)
-    runner = Runner(model, slots=3, max_length=60)
-    runner.check()
     prompts = prompts_of(3, 21, 34)  # windows of 8 tokens lie inside
-    # The second prompt comes in two pieces, in a row that it leaves before it decodes.
-    first = runner.prefill([0, 2], [prompts[0], prompts[1][:10]], [0, 0])
-    runner.cache.swap_rows(2, 1, 10)
-    rest = runner.prefill([1, 2], [prompts[1][10:], prompts[2]], [10, 0])
-    tokens = [int(first[0].argmax()), *rest.argmax(-1).tolist()]
-    answers = decode_together(runner, tokens, [len(prompt) for prompt in prompts])
+    answers = answers_together(Runner(model, slots=3, max_length=60), prompts)
     assert answers == [continue_alone(model, prompt) for prompt in prompts]
 
 
@@ -162,19 +168,44 @@ def test_memory_that_runs_out_at_the_check_is_told():
         runner.check()
 
 
-@pytest.mark.parametrize(("most", "rows"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
-def test_graphs_are_recorded_for_few_numbers_of_rows(most, rows):
-    assert powers_of_two(most) == rows
+def test_shapes_of_recorded_passes_are_few():
+    graphs = SlotGraphs(lambda *_: None, slots=6, tokens=1024, spare=1000, device=torch.device("cpu"))
+    sizes = ((1, 1), (3, 65), (5, 300), (2, 1000))
+    assert [graphs.padded(*size) for size in sizes] == [(1, 64), (4, 128), (6, 512), (2, 1024)]
+    prompts = [(4, 256), (2, 256), (1, 256), (6, 128), (4, 128), (2, 128), (1, 128), (6, 64), (4, 64), (2, 64), (1, 64)]
+    assert list(graphs.shapes()) == [*prompts, (6, 1), (4, 1), (2, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_what_fills_up_a_shape_changes_no_answer(model_type, monkeypatch):
+    shapes = []
+
+    def capture(graphs, ids, place):
+        """Stand in for a CUDA graph: what is replayed is the same pass over the same tensors."""
+        shapes.append((*ids.shape, place.length))
+        logits = graphs._forward(ids, place).clone()
+        return SimpleNamespace(replay=lambda: logits.copy_(graphs._forward(ids, place))), logits
+
+    monkeypatch.setattr(SlotGraphs, "_capture", capture)
+    model = tiny_model(model_type)
+    runner = Runner(model, slots=5, max_length=60)
+    runner._graphs = SlotGraphs(runner._forward, slots=5, tokens=512, spare=60, device=torch.device("cpu"))
+    prompts = prompts_of(3, 21, 34)
+    assert answers_together(runner, prompts) == [continue_alone(model, prompt) for prompt in prompts]
+    assert shapes == [(2, 64, 60), (2, 1, 60), (4, 1, 60)]
+    runner.warm_up()
+    assert len(shapes) == 8
+    assert runner.prefill(range(5), [[3]] * 5, [9, 9, 9, 9, 10]).shape == (5, VOCAB)
 
 
 @pytest.mark.gpu
-def test_replayed_graphs_continue_as_alone():
-    model = tiny_model().cuda()
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_replayed_graphs_continue_as_alone(model_type):
+    model = tiny_model(model_type).cuda()
     runner = Runner(model, slots=3, max_length=60)
-    prompts = prompts_of(3, 21, 34)
-    runner.check()
     runner.warm_up()
-    tokens = runner.prefill([0, 1, 2], prompts, [0, 0, 0]).argmax(-1).tolist()
-    answers = decode_together(runner, tokens, [len(prompt) for prompt in prompts])
+    prompts = prompts_of(3, 21, 34)
+    answers = answers_together(runner, prompts)
+    assert {shape[:2] for shape in runner._graphs._graphs} == {(rows, width) for rows in (1, 2, 3) for width in (1, 64)}
     model.cpu()
     assert answers == [continue_alone(model, prompt) for prompt in prompts]

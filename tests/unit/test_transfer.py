@@ -73,15 +73,21 @@ def test_a_stream_follows_the_walk_and_always_has_the_next_block(adapted, kept):
     assert len(host._all) == 0
 
 
-def test_a_stream_holds_two_blocks_and_reads_each_once_where_they_stay(source, monkeypatch):
-    read = []
-    original = source.unmerged_block
-    monkeypatch.setattr(source, "unmerged_block", lambda index, dtype: read.append(index) or original(index, dtype))
+@pytest.mark.parametrize("fixture", ["source", "adapted"])
+def test_a_stream_holds_two_blocks_and_reads_and_merges_each_once_where_they_stay(fixture, request, monkeypatch):
+    read, merged, source = [], [], request.getfixturevalue(fixture)
+    for name, calls in (("unmerged_block", read), ("merge_block", merged)):
+        original = getattr(source, name)
+        monkeypatch.setattr(
+            source,
+            name,
+            lambda index, rest, calls=calls, original=original: calls.append(index) or original(index, rest),
+        )
     stream = BlockStream(HostBlocks(source, torch.float32, CPU, kept=range(BLOCKS)), CPU)
     for _ in range(3):
         for index in range(BLOCKS):
-            stream.acquire(index)
-    assert sorted(read) == list(range(BLOCKS)) and len(stream._slots) == 2
+            assert same_block(source, index, stream.acquire(index))
+    assert sorted(read) == sorted(merged) == list(range(BLOCKS)) and len(stream._slots) == 2
     stream.close()
 
 
