@@ -173,8 +173,12 @@ def _grid(lines: Sequence[Sequence[str]], *, left: int) -> str:
 
 
 def _provenance(results: Sequence[Result]) -> str:
-    """Return one sentence on the code and the machines behind the figures."""
-    commits = sorted({result.commit or "unknown" for result in results})
+    """Return the code and the machines behind the figures; rows of another commit than most are named."""
+    rows: dict[str, list[str]] = {}
+    for result in results:
+        rows.setdefault(result.commit or "unknown", []).append(_label(result))
+    most = max(rows, key=lambda commit: len(rows[commit]), default="unknown")
+    others = "".join(f"; at {commit}: {', '.join(dict.fromkeys(rows[commit]))}" for commit in rows if commit != most)
     machines = sorted(
         {
             f"{r.machine['device']}, torch {r.machine['torch']}, transformers {r.machine['transformers']}, "
@@ -182,7 +186,12 @@ def _provenance(results: Sequence[Result]) -> str:
             for r in results
         }
     )
-    return f"Measured at commit {', '.join(commits)} on {'; '.join(machines)}."
+    return f"Measured at commit {most}{others}. On {'; '.join(machines)}."
+
+
+def _label(result: Result) -> str:
+    """Return a row's method and scheme, or the name of the reference."""
+    return f"{_name(result.job.method)} {result.job.scheme.upper()}".rstrip()
 
 
 def write_summary(

@@ -319,7 +319,7 @@ def _long(settings: CalibrationSettings) -> CalibrationSettings:
     """Return settings of `realign` for ten times the prompts and steps, or as much of both as the data has.
 
     Harmful answers and refusals of borderline prompts trade as before; ordinary prompts and prefill attacks are told
-    apart better (docs/recipe.md). One benign weight serves weights of four and of eight bits here.
+    apart better (docs/recipe.md).
     """
     if settings.method != "realign" or settings.engine != "endtoend":
         raise ConfigError(
@@ -334,7 +334,7 @@ def _long(settings: CalibrationSettings) -> CalibrationSettings:
         batch_malicious_share=0.5,
         steps=800,
         passes=1.28,
-        benign_weight=1.8,
+        benign_weight=0.9 * settings.benign_weight,
         edit_rank=max(8, settings.edit_rank),
         edit_budget=max(0.05, settings.edit_budget),
         refusal_tokens=16,  # to their ends: the longer late refusals are taught, the sooner a loop follows an open one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -53,6 +54,13 @@ RESULTS = [
     result("realign", "0000000011", seed=0, perplexity=101.0, seconds=20.0),
     result("realign", "0000000111", seed=1, perplexity=103.0, seconds=30.0),
 ]
+
+
+def test_rows_of_another_commit_than_most_are_named():
+    later = [replace(row, commit="def") for row in RESULTS if row.job.method == "realign"]
+    mixed = [*RESULTS[:2], result("paper", "01"), *later]
+    text = markdown(rows_of(mixed), [], [], mixed)
+    assert "Measured at commit abc; at def: `realign` W8A8. On a CPU" in text
 
 
 def test_a_row_holds_mean_spread_and_an_interval_that_counts_a_prompt_once():
@@ -124,7 +132,7 @@ def test_markdown_names_failures_schemes_and_provenance():
     assert "| none | aligned model | 1 | 10.0 (1.8-40.4) |" in text
     assert "| W8A8 | `realign` | 2 | 25.0 (" in text and "±7.1" in text
     assert "- `v`, `paper`, W4A4 seed 1 2, W8A8 seed 0: it diverged\n- `v`, `paper`, W8A8 seed 2: late" in text
-    assert "Measured at commit abc on a CPU, torch 2, transformers 5, Python 3.12." in text
+    assert "Measured at commit abc. On a CPU, torch 2, transformers 5, Python 3.12." in text
     assert "| W8A8 | `rtn` (plain PTQ) | 2 | 70.0 [50.0-90.0] |" in text  # over variants: mean, lowest, highest
     assert "| W8A8 | `realign` | `rtn` (plain PTQ) | -65.0, p " in text
 
