@@ -227,15 +227,10 @@ def write_summary(
 
 def record_headline(path: Path, rows: Sequence[Row], results: Sequence[Result]) -> None:
     """Keep this project's own figures of the first variant, by scheme, in the summary of all benchmarks."""
-    ours = [row for row in rows if row.method == OURS and row.variant == rows[0].variant]
-    values = {
-        f"{row.scheme}_{name}": round(row.figures[name].mean, 2)
-        for row in ours
-        for name in HEADLINE
-        if name in row.figures
-    }
-    if values:
-        last = max((result for result in results if result.job.method == OURS), key=lambda result: result.date)
+    for row in (row for row in rows if row.method == OURS and row.variant == rows[0].variant):
+        values = {f"{row.scheme}_{name}": round(row.figures[name].mean, 2) for name in HEADLINE if name in row.figures}
+        mine = (r for r in results if (r.job.variant, r.job.method, r.job.scheme) == (row.variant, OURS, row.scheme))
+        last = max(mine, key=lambda result: result.date)
         stamp = {"device": last.machine["device"], "torch": last.machine["torch"]}
         record("safety", values, stamp={**stamp, "commit": last.commit or "unknown", "date": last.date}, path=path)
 

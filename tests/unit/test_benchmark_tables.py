@@ -155,9 +155,12 @@ def test_headline_figures_are_those_of_this_project_with_where_they_come_from(tm
     path = tmp_path / "summary.json"
     record_headline(path, rows_of(RESULTS[:2]), RESULTS[:2])
     assert not path.is_file()
-    record_headline(path, rows_of(RESULTS), RESULTS)
+    several = [*RESULTS, replace(result("realign", "01", scheme="w4a4"), commit="def")]
+    record_headline(path, rows_of(several), several)
     found = json.loads(path.read_text())["safety"]
-    assert set(found) == {"w8a8_harmful_score", "w8a8_task_accuracy", "w8a8_perplexity"}
+    names = ("harmful_score", "task_accuracy", "perplexity")
+    assert set(found) == {f"{scheme}_{name}" for scheme in ("w8a8", "w4a4") for name in names}
+    assert found["w4a4_harmful_score"]["commit"] == "def"
     stamp = {"device": "a CPU", "torch": "2", "commit": "abc", "date": "2026-11-22"}
     assert found["w8a8_harmful_score"] == {"value": 25.0, **stamp}
 
