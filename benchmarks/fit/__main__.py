@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.docs import markdown_table, put_table
-from benchmarks.fit.cases import all_cases, jobs
+from benchmarks.fit.cases import all_cases
 from benchmarks.fit.compiling import SHARED_LIMIT, TARGETS, Fit, compile_all
-from benchmarks.fit.record import digest, read_record, write_record
+from benchmarks.fit.record import builds_by_digest, read_record, write_record
 
 DOCS_NAME = "fit table"
 
@@ -55,10 +55,7 @@ def main() -> int:
     parser.add_argument("--docs", type=Path, help="document that holds the table")
     parser.add_argument("--all", action="store_true", help="compile what is recorded too")
     args = parser.parse_args()
-    cases = all_cases()
-    wanted = {
-        digest(cases[build.case], build, target): (build, target) for build, target in jobs(cases.values(), TARGETS)
-    }
+    wanted = builds_by_digest(TARGETS)
     known = {} if args.all else read_record()
     new = {name: job for name, job in wanted.items() if name not in known}
     print(f"{len(wanted)} builds, {len(new)} of them to compile", flush=True)

@@ -13,7 +13,7 @@ import hashlib
 import inspect
 import io
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import FunctionType
@@ -21,13 +21,21 @@ from typing import Any
 
 import triton.language as tl
 
-from benchmarks.fit.cases import HOST, Build, Case
+from benchmarks.fit.cases import HOST, Build, Case, all_cases, jobs
 from benchmarks.fit.compiling import Fit
 from benchmarks.summary import SUMMARY
 from qrealign.files import write_text
 
 RECORD = SUMMARY.parent / "fit.csv"
 _OF_THE_MODE = ("INTERPRETED",)  # globals that say whether kernels are interpreted: compiled ones never are
+
+
+def builds_by_digest(targets: Sequence[int]) -> dict[str, tuple[Build, int]]:
+    """Return every build with every target that uses it, by their digests."""
+    cases = all_cases()
+    return {
+        digest(cases[build.case], build, target): (build, target) for build, target in jobs(cases.values(), targets)
+    }
 
 
 def digest(case: Case, build: Build, target: int) -> str:
