@@ -9,6 +9,7 @@ from qrealign_kernels import triton_activations as activations
 from qrealign_kernels import triton_gradient_kernels as gradients
 from qrealign_kernels import triton_low_rank as low_rank
 from qrealign_kernels import triton_rotary as rotary
+from qrealign_kernels import triton_strip_kernels as strips
 from qrealign_kernels import triton_weight as weights
 
 _GRID = {"QMIN": -128, "QMAX": 127, "SYMMETRIC": True, "SCALE_KIND": 2, "MIN_SCALE": 2.0**-24}
@@ -164,6 +165,22 @@ CASES = (
         types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
         constants=_GRID | _LEARNED | {"TO_ROW": True, "FULL": True},
         aligned=("N", "K", "C"),
+    ),
+    Case(
+        name="weight, gradients in strips",
+        kernel=strips.strip_gradients_bwd_kernel,
+        table="strip_gradients_bwd",
+        types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
+        constants=_GRID | _LEARNED | {"TO_ROW": True, "FULL": True},
+        aligned=("N", "K"),
+    ),
+    Case(
+        name="weight, gradients of extremes",
+        kernel=strips.extreme_gradients_bwd_kernel,
+        table="extreme_gradients_bwd",
+        types={"weight_ptr": "*bf16"},
+        constants=_GRID | _LEARNED | {"TO_ROW": True, "PIECES": 4},
+        aligned=("N", "K"),
     ),
     _gradients("weight, gradients, long rows", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _LONG, hot=False),
     Case(

@@ -71,6 +71,26 @@ def gradient_candidates(key: str) -> list[Choice]:
     ]
 
 
+def strip_candidates(key: str) -> list[Choice]:
+    """Return strips of columns, a warp a row or two, and how many programs share the rows."""
+    return grid(
+        {
+            "BLOCK_N": (1, 2, 4, 8),
+            "PIECES": (1, 2, 4),
+            "AHEAD": (1, 2, 3),
+            "PROGRAMS": (264, 396, 528, 1056),
+            "COLUMNS": (1024,),
+            "num_warps": (1, 2, 4, 8),
+        },
+        lambda choice: choice["num_warps"] <= choice["BLOCK_N"] <= 2 * choice["num_warps"],
+    )
+
+
+def extreme_candidates(key: str) -> list[Choice]:
+    """Return tiles of rows."""
+    return grid({"BLOCK_R": (16, 32, 64), "num_warps": (4, 8)}, lambda choice: True)
+
+
 def bound_candidates(key: str) -> list[Choice]:
     """Return tiles of a step along some rows."""
     return grid(
@@ -156,6 +176,13 @@ def forward_calls(rows: int, columns: int, group_size: int) -> Calls:
 def gradient_calls(rows: int, columns: int, group_size: int) -> Calls:
     """Return calls that reduce a bfloat16 gradient to all that is learned."""
     return backward_calls(rows, columns, learned(rows, columns, group_size))
+
+
+def scaled_calls(rows: int, columns: int, group_size: int) -> Calls:
+    """Return calls that reduce a bfloat16 gradient to logits and column scale."""
+    arguments = learned(rows, columns, group_size)
+    del arguments["row_divisor"]
+    return backward_calls(rows, columns, arguments)
 
 
 def bound_calls(rows: int, columns: int, group_size: int) -> Calls:
@@ -296,6 +323,18 @@ def head_calls(tokens: int, heads: int, width: int) -> Calls:
 TUNABLES = (
     Tunable(name="fake_quant_edited_fwd", keys=WEIGHTS, candidates=weight_candidates, make_calls=forward_calls),
     Tunable(name="weight_gradients_bwd", keys=WEIGHTS, candidates=gradient_candidates, make_calls=gradient_calls),
+    Tunable(
+        name="strip_gradients_bwd",
+        keys={"default": (11008, 4096, 0)},
+        candidates=strip_candidates,
+        make_calls=scaled_calls,
+    ),
+    Tunable(
+        name="extreme_gradients_bwd",
+        keys={"default": (11008, 4096, 0)},
+        candidates=extreme_candidates,
+        make_calls=scaled_calls,
+    ),
     Tunable(name="bound_gradients_bwd", keys=BOUNDS, candidates=bound_candidates, make_calls=bound_calls),
     Tunable(name="fake_quant_edited_steps_fwd", keys=EDITED, candidates=edited_candidates, make_calls=edited_calls),
     Tunable(
