@@ -171,7 +171,7 @@ CASES = (
         kernel=strips.strip_gradients_bwd_kernel,
         table="strip_gradients_bwd",
         types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
-        constants=_GRID | _LEARNED | {"TO_ROW": True, "FULL": True},
+        constants=_GRID | _LEARNED | {"TO_ROW": True, "FULL": True, "OVERLAP": False},
         aligned=("N", "K"),
     ),
     Case(
@@ -179,7 +179,7 @@ CASES = (
         kernel=strips.extreme_gradients_bwd_kernel,
         table="extreme_gradients_bwd",
         types={"weight_ptr": "*bf16"},
-        constants=_GRID | _LEARNED | {"TO_ROW": True, "PIECES": 4},
+        constants=_GRID | _LEARNED | {"TO_ROW": True, "PIECES": 4, "STRIPS": 4, "OVERLAP": False},
         aligned=("N", "K"),
     ),
     _gradients("weight, gradients, long rows", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _LONG, hot=False),

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from qrealign_kernels.triton_gradient_kernels import store_bound_gradients, tile_moments
 from qrealign_kernels.triton_math import load_columns, load_tile, store_tile
+from qrealign_kernels.triton_overlap import wait_for_inputs
 from qrealign_kernels.triton_weight import (
     kept_shares,
     load_logits,
@@ -131,12 +132,15 @@ def strip_gradients_bwd_kernel(
     TO_ROW: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr, MIN_SCALE: tl.constexpr,
     FULL: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr, AHEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     strip = tl.program_id(0)
     first = tl.program_id(1) * steps * BLOCK_N
     end = tl.minimum(N, first + steps * BLOCK_N)
     kept_ptr += strip * N * VALUES
-    sums_ptr += strip * N * VALUES
+    sums_ptr += strip * VALUES
+    down = tl.num_programs(0) * VALUES  # from a row's sums to the next row's
     _keep_grids(
         low_ptr, high_ptr, extremes_ptr, kept_ptr, first, end, N, HAS_LOW, HAS_HIGH, QMIN, QMAX, SYMMETRIC, SCALE_KIND,
         MIN_SCALE,
@@ -197,7 +201,7 @@ def strip_gradients_bwd_kernel(
         below = not_high - tl.sum(_by_lane(b_inside, BLOCK_N), axis=2)
         above = tl.sum(_by_lane(b_total, BLOCK_N), axis=2) - not_high
         _store_sums(
-            sums_ptr + n * VALUES, tl.sum(b_errors, axis=1), tl.sum(below, axis=1), tl.sum(above, axis=1),
+            sums_ptr + n * down, tl.sum(b_errors, axis=1), tl.sum(below, axis=1), tl.sum(above, axis=1),
             tl.sum(b_moment, axis=1), _mark_lanes(b_min, b_max, minimum, maximum, BLOCK_N), m_n,
         )  # fmt: skip
     to_column_ptrs = grad_column_ptr + tl.program_id(1).to(tl.int64) * K + cols
@@ -207,9 +211,24 @@ def strip_gradients_bwd_kernel(
 
 
 @triton.jit
-def _add_mark(mark, strip, seen, place):
-    """Add one strip's mark: how many lanes hold an extreme, and, of a single one, its number in the row."""
-    return seen + (mark >> 6), place + tl.where(mark > 0, strip * LANES + (mark & (LANES - 1)), 0)
+def _load_sums(sums_ptr, n, m_n, strips, STRIPS: tl.constexpr):
+    """Load what `_store_sums` left of rows; return the sums over the strips, and the marks, `[BLOCK_R, STRIPS]`."""
+    strip = tl.arange(0, STRIPS)[None, :]
+    pointers = sums_ptr + (n[:, None] * strips + strip) * VALUES
+    mask = m_n[:, None] & (strip < strips)
+    to_scale = tl.load(pointers, mask=mask, other=0.0)
+    below = tl.load(pointers + 1, mask=mask, other=0.0)
+    above = tl.load(pointers + 2, mask=mask, other=0.0)
+    to_divisor = tl.load(pointers + 3, mask=mask, other=0.0)
+    marks = tl.load(pointers + 4, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+    return tl.sum(to_scale, axis=1), tl.sum(below, axis=1), tl.sum(above, axis=1), tl.sum(to_divisor, axis=1), marks
+
+
+@triton.jit
+def _places(marks, STRIPS: tl.constexpr):
+    """Return of each row how many lanes hold an extreme, and, of a single one, its number in the row."""
+    lanes = tl.arange(0, STRIPS)[None, :] * LANES + (marks & (LANES - 1))
+    return tl.sum(marks // _MARK, axis=1), tl.sum(tl.where(marks > 0, lanes, 0), axis=1)
 
 
 @triton.jit
@@ -296,27 +315,14 @@ def extreme_gradients_bwd_kernel(
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_COLUMN: tl.constexpr, HAS_ROW: tl.constexpr,
     TO_ROW: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr, MIN_SCALE: tl.constexpr,
-    BLOCK_R: tl.constexpr, PIECES: tl.constexpr,
+    STRIPS: tl.constexpr, BLOCK_R: tl.constexpr, PIECES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     n = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     m_n = n < N
-    to_scale = tl.zeros([BLOCK_R], tl.float32)
-    below = tl.zeros([BLOCK_R], tl.float32)
-    above = tl.zeros([BLOCK_R], tl.float32)
-    to_divisor = tl.zeros([BLOCK_R], tl.float32)
-    low_seen = tl.zeros([BLOCK_R], tl.int32)
-    low_place = tl.zeros([BLOCK_R], tl.int32)
-    high_seen = tl.zeros([BLOCK_R], tl.int32)
-    high_place = tl.zeros([BLOCK_R], tl.int32)
-    for strip in range(strips):
-        pointers = sums_ptr + (strip * N + n) * VALUES
-        to_scale += tl.load(pointers, mask=m_n, other=0.0)
-        below += tl.load(pointers + 1, mask=m_n, other=0.0)
-        above += tl.load(pointers + 2, mask=m_n, other=0.0)
-        to_divisor += tl.load(pointers + 3, mask=m_n, other=0.0)
-        mark = tl.load(pointers + 4, mask=m_n, other=0.0).to(tl.int32, bitcast=True)
-        low_seen, low_place = _add_mark(mark & 0xFFFF, strip, low_seen, low_place)
-        high_seen, high_place = _add_mark(mark >> _HIGH, strip, high_seen, high_place)
+    to_scale, below, above, to_divisor, marks = _load_sums(sums_ptr, n, m_n, strips, STRIPS)
+    low_seen, low_place = _places(marks & 0xFFFF, STRIPS)
+    high_seen, high_place = _places(marks >> _HIGH, STRIPS)
     minimum, maximum, low_share, high_share, grid = _load_rows(
         low_ptr, high_ptr, extremes_ptr, n, m_n, N, HAS_LOW, HAS_HIGH, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE
     )

@@ -24,6 +24,7 @@ from qrealign_kernels.triton_gradient_kernels import (
     weight_gradients_bwd_kernel,
 )
 from qrealign_kernels.triton_math import FLOAT_KINDS, FP_FUSION
+from qrealign_kernels.triton_overlap import overlap
 from qrealign_kernels.triton_strip_kernels import (
     PIECE,
     VALUES,
@@ -234,7 +235,8 @@ def _reduce_strips(grad: Tensor, reduction: _Reduction, extremes: Tensor, strips
     results = reduction.results(down + triton.cdiv(rows, ends["BLOCK_R"]))
     given = _pointers(weight, [*reduction.arguments(), extremes])
     low, high, to_column, to_divisor = _pointers(weight, results)
-    kept, sums = torch.empty(2, across, rows, VALUES.value, dtype=torch.float32, device=weight.device)
+    # Of each row and strip; sums stand by row, the grid by strip, so that no two programs write the same.
+    kept, sums = torch.empty(2, rows * across * VALUES.value, dtype=torch.float32, device=weight.device)
     constants = reduction.constants()
     del constants["TO_COLUMN"]
     with on_device_of(weight):
@@ -251,6 +253,7 @@ def _reduce_strips(grad: Tensor, reduction: _Reduction, extremes: Tensor, strips
             FULL=columns % (strips["PIECES"] * PIECE.value) == 0 and rows % strips["BLOCK_N"] == 0,
             **constants,
             **strips,
+            **overlap(weight.device),
         )
         extreme_gradients_bwd_kernel[(triton.cdiv(rows, ends["BLOCK_R"]),)](
             weight,
@@ -264,8 +267,10 @@ def _reduce_strips(grad: Tensor, reduction: _Reduction, extremes: Tensor, strips
             columns,
             across,
             PIECES=strips["PIECES"],
+            STRIPS=tile_width(across),
             **constants,
             **ends,
+            **overlap(weight.device),
         )
     return reduction.gradients(results)
 
