@@ -165,10 +165,11 @@ def divide(x, y, reciprocal, EXACT: tl.constexpr):
 
     Each correction adds the remainder's share. After two the quotient is the rounded one (Markstein, IBM J. Res. Dev.
     34, 1990). After one it can only differ, by its last bit, if y has more than 11 significant bits: so EXACT is needed
-    for a float32 y, and one correction does for a scale that was rounded to 16 bits.
+    for a float32 y, and one correction does for a scale that was rounded to 16 bits. It is y that is negated, of which
+    there are few: Triton 3.6 subtracts from zero.
     """
     quotient = x * reciprocal
-    quotient = tl.fma(tl.fma(-quotient, y, x), reciprocal, quotient)
+    quotient = tl.fma(tl.fma(quotient, -y, x), reciprocal, quotient)
     if EXACT:
-        quotient = tl.fma(tl.fma(-quotient, y, x), reciprocal, quotient)
+        quotient = tl.fma(tl.fma(quotient, -y, x), reciprocal, quotient)
     return quotient

@@ -185,10 +185,11 @@ def strip_gradients_bwd_kernel(
             b_error, b_middle, b_lower = tile_moments(
                 b_g, b_w, low, high, scale, reciprocal, lowest, highest, SYMMETRIC, SCALE_KIND
             )
-            b_errors = tl.fma(b_middle, b_error, b_errors)
-            b_total += b_g
-            b_not_high += b_lower
-            b_inside += b_middle
+            # The first piece is not added to zeros: the compiler would have to, for the sake of -0.
+            b_errors = b_middle * b_error if piece == 0 else tl.fma(b_middle, b_error, b_errors)
+            b_total = b_g if piece == 0 else b_total + b_g
+            b_not_high = b_lower if piece == 0 else b_not_high + b_lower
+            b_inside = b_middle if piece == 0 else b_inside + b_middle
             if TO_ROW:
                 b_moment = tl.fma(b_middle, b_w, b_moment)
             b_min = b_w if piece == 0 else tl.minimum(b_min, b_w)
