@@ -66,11 +66,11 @@ def assert_equal_the_definition(weight: Tensor, given: dict[str, Tensor], **grid
 @pytest.mark.parametrize(
     ("rows", "columns", "bits", "symmetric", "scale_dtype", "given", "launch"),
     [
-        pytest.param(12, 1024, 8, True, torch.bfloat16, ALL, {}, id="full"),
+        pytest.param(8, 512, 8, True, torch.bfloat16, ALL, {}, id="full"),
         pytest.param(19, 700, 8, True, torch.bfloat16, ALL[:3], {}, id="odd"),
-        pytest.param(19, 261, 4, False, torch.float32, ALL, {"PIECES": 1, "BLOCK_N": 4}, id="asymmetric"),
+        pytest.param(9, 261, 4, False, torch.float32, ALL, {"PIECES": 1, "BLOCK_N": 4}, id="asymmetric"),
         pytest.param(9, 512, 4, True, torch.float16, ("low_logit", "column_scale"), {"AHEAD": 1}, id="low-alone"),
-        pytest.param(5, 4360, 8, False, torch.bfloat16, ("high_logit", "column_scale"), {"PIECES": 4}, id="long"),
+        pytest.param(3, 4360, 8, False, torch.bfloat16, ("high_logit", "column_scale"), {"PIECES": 4}, id="long"),
     ],
 )
 def test_gradients_equal_the_definition(
@@ -92,11 +92,11 @@ def test_gradients_equal_the_definition(
 
 def test_ties_share_what_an_extreme_gets() -> None:
     """Within a lane, in two lanes, in two strips, of half a row, of a whole row, and of zeros."""
-    weight = torch.randn(21, 700).clamp(-3.0, 3.0) * 0.05
+    weight = torch.randn(9, 700).clamp(-3.0, 3.0) * 0.05
     weight[1, [8, 9]] = 1.0
     weight[2, [8, 17]] = -1.0
     weight[3, [8, 690]] = 1.0
-    weight[18, [5, 699]] = -1.0
+    weight[8, [5, 699]] = -1.0
     weight[4, :350] = -1.0
     weight[5] = 0.25
     weight[6] = 0.0
@@ -117,10 +117,10 @@ def test_the_bits_are_the_same_every_time() -> None:
 
 
 def test_every_sum_is_written(poisoned_memory: None) -> None:
-    weight = torch.randn(19, 700)
+    weight = torch.randn(5, 700)
     given = leaves(weight, ALL)
     with in_strips():
-        found = gradients(weight, given, torch.ones(19, 700), num_bits=8)
+        found = gradients(weight, given, torch.ones(5, 700), num_bits=8)
     assert all(torch.isfinite(gradient).all() for gradient in found)
 
 
