@@ -28,6 +28,7 @@ WEIGHTS = {
     "32768": (8192, 28672, 0),
 }
 BOUNDS = {"rows": (11008, 4096, 0), "groups": (4096, 4096, 128)}
+STRIPS = {"default": (11008, 4096, False), "divided": (4096, 4096, True)}  # rows, columns, with a row divisor
 EDITED = {"rows": (4096, 11008, 0), "16": (4096, 4096, 8), "32": (4096, 4096, 32), "64": (4096, 4096, 64)}
 TOKENS = {
     "4096": (2048, 4096),
@@ -89,6 +90,14 @@ def strip_candidates(key: str) -> list[Choice]:
 def extreme_candidates(key: str) -> list[Choice]:
     """Return tiles of rows."""
     return grid({"BLOCK_R": (16, 32, 64), "num_warps": (4, 8)}, lambda choice: True)
+
+
+def adding_candidates(key: str) -> list[Choice]:
+    """Return tiles of many rows and few columns."""
+    return grid(
+        {"BLOCK_P": (128, 256, 512), "BLOCK_C": (16, 32), "num_warps": (4, 8)},
+        lambda choice: _held(choice, choice["BLOCK_C"], "BLOCK_P"),
+    )
 
 
 def bound_candidates(key: str) -> list[Choice]:
@@ -178,10 +187,11 @@ def gradient_calls(rows: int, columns: int, group_size: int) -> Calls:
     return backward_calls(rows, columns, learned(rows, columns, group_size))
 
 
-def scaled_calls(rows: int, columns: int, group_size: int) -> Calls:
-    """Return calls that reduce a bfloat16 gradient to logits and column scale."""
-    arguments = learned(rows, columns, group_size)
-    del arguments["row_divisor"]
+def strip_calls(rows: int, columns: int, divided: bool) -> Calls:
+    """Return calls that reduce a bfloat16 gradient to logits, column scale and, where there is one, row divisor."""
+    arguments = learned(rows, columns, 0)
+    if not divided:
+        del arguments["row_divisor"]
     return backward_calls(rows, columns, arguments)
 
 
@@ -325,15 +335,21 @@ TUNABLES = (
     Tunable(name="weight_gradients_bwd", keys=WEIGHTS, candidates=gradient_candidates, make_calls=gradient_calls),
     Tunable(
         name="strip_gradients_bwd",
-        keys={"default": (11008, 4096, 0)},
+        keys=STRIPS,
         candidates=strip_candidates,
-        make_calls=scaled_calls,
+        make_calls=strip_calls,
     ),
     Tunable(
         name="extreme_gradients_bwd",
-        keys={"default": (11008, 4096, 0)},
+        keys={"default": STRIPS["default"]},
         candidates=extreme_candidates,
-        make_calls=scaled_calls,
+        make_calls=strip_calls,
+    ),
+    Tunable(
+        name="add_rows",
+        keys={"default": STRIPS["default"]},
+        candidates=adding_candidates,
+        make_calls=strip_calls,
     ),
     Tunable(name="bound_gradients_bwd", keys=BOUNDS, candidates=bound_candidates, make_calls=bound_calls),
     Tunable(name="fake_quant_edited_steps_fwd", keys=EDITED, candidates=edited_candidates, make_calls=edited_calls),

@@ -11,8 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qrealign_kernels.triton_common import interpreting
 from qrealign_kernels.triton_gradient_kernels import store_bound_gradients, tile_moments
-from qrealign_kernels.triton_math import load_columns, load_tile, store_tile
+from qrealign_kernels.triton_math import load_columns, load_tile, round_to, store_tile
 from qrealign_kernels.triton_overlap import wait_for_inputs
 from qrealign_kernels.triton_weight import (
     kept_shares,
@@ -29,6 +30,7 @@ VALUES = tl.constexpr(8)  # of a row and strip, side by side: those of `_keep_gr
 _GRID_ROWS = tl.constexpr(128)  # rows whose grids are computed at a time, one a thread
 _MARK = tl.constexpr(64)  # what one lane adds to a mark besides its number; sums of all lanes stay below 2**16
 _HIGH = tl.constexpr(16)  # bit from which on a mark speaks of the maximum
+_FACTOR = tl.constexpr(tl.float32 if interpreting() else tl.bfloat16)  # the interpreter multiplies bfloat16 as integers
 _TILE = tl.constexpr(64)  # columns that the second pass tells apart by their number within, and by that of the tile
 
 
@@ -253,17 +255,22 @@ def _find_extreme(
 
 
 @triton.jit
-def _scatter(values, column, first, BLOCK_R: tl.constexpr):
-    """Return a tile of sums: of values over the rows, by column, of _TILE * _TILE columns from `first` on.
+def _scatter(values, column, first, b_sums):
+    """Add to a tile of sums, of _TILE * _TILE columns from `first` on: values of rows, each to its column.
 
-    A product of two matrices of which each row has one entry: no order of additions depends on who comes first.
+    A product of two matrices of which each row has one entry: no order of additions depends on who comes first. The
+    values go in as three bfloat16 each, which hold all their bits.
     """
     numbers = tl.arange(0, _TILE)
     tile, within = (column - first) // _TILE, (column - first) % _TILE
     inside = (column >= first) & (column < first + _TILE * _TILE)
-    b_tile = tl.where((numbers[:, None] == tile[None, :]) & inside[None, :], values[None, :], 0.0)  # [_TILE, BLOCK_R]
-    b_within = tl.where(within[:, None] == numbers[None, :], 1.0, 0.0)  # [BLOCK_R, _TILE]
-    return tl.dot(b_tile, b_within, input_precision="tf32x3")
+    in_tile = (numbers[:, None] == tile[None, :]) & inside[None, :]  # [_TILE, BLOCK_R]
+    b_within = tl.where(within[:, None] == numbers[None, :], 1.0, 0.0).to(_FACTOR)  # [BLOCK_R, _TILE]
+    for _ in tl.static_range(3):
+        part = round_to(values, 2)
+        b_sums = tl.dot(tl.where(in_tile, part[None, :], 0.0).to(_FACTOR), b_within, b_sums)
+        values -= part
+    return b_sums
 
 
 @triton.jit
@@ -354,7 +361,8 @@ def extreme_gradients_bwd_kernel(
     numbers = tl.arange(0, _TILE)
     row_ptr = grad_column_ptr + tl.program_id(0).to(tl.int64) * K
     for first in range(0, K, _TILE * _TILE):
-        b_sums = _scatter(to_low, low_column, first, BLOCK_R) + _scatter(to_high, high_column, first, BLOCK_R)
+        b_sums = _scatter(to_low, low_column, first, tl.zeros([_TILE, _TILE], tl.float32))
+        b_sums = _scatter(to_high, high_column, first, b_sums)
         o_k = first + numbers[:, None] * _TILE + numbers[None, :]
         tl.store(row_ptr + o_k, b_sums, mask=o_k < K)
 
@@ -367,3 +375,17 @@ def extreme_gradients_bwd_kernel(
             row_ptr, weight_ptr, column_scale_ptr, divisor, minimum, maximum, at_minimum, at_maximum,
             m_n & low_tied, m_n & high_tied, n, K, HAS_COLUMN, HAS_ROW,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["parts"])
+def add_rows_kernel(
+    parts_ptr, out_ptr, parts, K, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    wait_for_inputs(OVERLAP)
+    o_k = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    rows = tl.arange(0, BLOCK_P)
+    b_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for first in range(0, parts, BLOCK_P):
+        mask = (first + rows < parts)[:, None] & (o_k < K)[None, :]
+        b_sum += tl.load(parts_ptr + (first + rows)[:, None] * K + o_k[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + o_k, tl.sum(b_sum, axis=0), mask=o_k < K)

@@ -28,6 +28,7 @@ from qrealign_kernels.triton_overlap import overlap
 from qrealign_kernels.triton_strip_kernels import (
     PIECE,
     VALUES,
+    add_rows_kernel,
     extreme_gradients_bwd_kernel,
     strip_gradients_bwd_kernel,
 )
@@ -216,7 +217,8 @@ def _strips_of(reduction: _Reduction) -> launches.Choice | None:
         return None
     if reduction.low_logit is None and reduction.high_logit is None:
         return None
-    strips = dict(launches.choice("strip_gradients_bwd", launches.DEFAULT, reduction.weight.device))
+    key = launches.DEFAULT if reduction.transform.row_divisor is None else "divided"
+    strips = dict(launches.choice("strip_gradients_bwd", key, reduction.weight.device))
     return strips if strips.pop("COLUMNS") <= reduction.width else None
 
 
@@ -224,6 +226,7 @@ def _reduce_strips(grad: Tensor, reduction: _Reduction, extremes: Tensor, strips
     """Reduce a stored gradient to all but the weight, where the rows' extremes are known.
 
     Each weight is read once, but what a row's extremes get waits for the row's sums: a second, short kernel adds it.
+    Both leave rows of partial sums of the columns. Torch takes two to four times as long to add these up as a third.
     """
     weight = reduction.weight
     rows, columns = weight.shape
@@ -272,6 +275,12 @@ def _reduce_strips(grad: Tensor, reduction: _Reduction, extremes: Tensor, strips
             **ends,
             **overlap(weight.device),
         )
+        adding = launches.choice("add_rows", launches.DEFAULT, weight.device)
+        total = torch.empty(1, columns, dtype=torch.float32, device=weight.device)
+        add_rows_kernel[(triton.cdiv(columns, adding["BLOCK_C"]),)](
+            to_column, total, len(to_column), columns, **adding, **overlap(weight.device)
+        )
+    results[2] = total
     return reduction.gradients(results)
 
 
