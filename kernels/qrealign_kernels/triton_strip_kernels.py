@@ -143,19 +143,20 @@ def strip_gradients_bwd_kernel(
     kept_ptr += strip * N * VALUES
     sums_ptr += strip * VALUES
     down = tl.num_programs(0) * VALUES  # from a row's sums to the next row's
-    _keep_grids(
-        low_ptr, high_ptr, extremes_ptr, kept_ptr, first, end, N, HAS_LOW, HAS_HIGH, QMIN, QMAX, SYMMETRIC, SCALE_KIND,
-        MIN_SCALE,
-    )  # fmt: skip
     rows = tl.arange(0, BLOCK_N)
     cols = strip * PIECES * PIECE + tl.arange(0, PIECE)
     zeros = tl.zeros([BLOCK_N, PIECE], tl.float32)
+    # Asked for before the grids, whose end all threads wait for.
     scales = ()  # of each piece, [BLOCK_N, PIECE]
     to_columns = ()
     for piece in tl.static_range(PIECES):
         o_k = cols + piece * PIECE
         scales += (load_columns(column_scale_ptr, zeros, o_k, o_k < K, FULL) if HAS_COLUMN else 1.0,)  # type: ignore[assignment]
         to_columns += (zeros,)  # type: ignore[assignment]
+    _keep_grids(
+        low_ptr, high_ptr, extremes_ptr, kept_ptr, first, end, N, HAS_LOW, HAS_HIGH, QMIN, QMAX, SYMMETRIC, SCALE_KIND,
+        MIN_SCALE,
+    )  # fmt: skip
     weight_ptr += first.to(tl.int64) * K
     grad_ptr += first.to(tl.int64) * K
     ahead = _load_kept(kept_ptr, row_divisor_ptr, first + rows, first + rows < end, HAS_ROW)
@@ -173,13 +174,7 @@ def strip_gradients_bwd_kernel(
         grad_ptr += BLOCK_N * K
         low, high, scale, reciprocal, minimum, maximum, lowest, highest, divisor = ahead
         ahead = _load_kept(kept_ptr, row_divisor_ptr, n + BLOCK_N, n + BLOCK_N < end, HAS_ROW)
-        b_errors = zeros
-        b_total = zeros
-        b_not_high = zeros
-        b_inside = zeros
         b_moment = zeros
-        b_min = zeros
-        b_max = zeros
         summed = ()
         for piece in tl.static_range(PIECES):
             b_raw, b_g = given[piece]
