@@ -104,6 +104,19 @@ def _gradients(name: str, given: Mapping[str, object], keys: tuple[str, ...], *,
     )
 
 
+def _in_strips(name: str, divided: bool, keys: tuple[str, ...]) -> Case:
+    """Return the case of reducing a bfloat16 gradient down strips of columns."""
+    return Case(
+        name=name,
+        kernel=strips.strip_gradients_bwd_kernel,
+        table="strip_gradients_bwd",
+        types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
+        constants=_GRID | _LEARNED | {"HAS_ROW": divided, "TO_ROW": divided, "FULL": True, "OVERLAP": False},
+        aligned=("N", "K"),
+        keys=keys,
+    )
+
+
 def _norm(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Case:
     """Return the case of normalizing and quantizing bfloat16 tokens."""
     return Case(
@@ -166,14 +179,8 @@ CASES = (
         constants=_GRID | _LEARNED | {"TO_ROW": True, "FULL": True},
         aligned=("N", "K", "C"),
     ),
-    Case(
-        name="weight, gradients in strips",
-        kernel=strips.strip_gradients_bwd_kernel,
-        table="strip_gradients_bwd",
-        types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
-        constants=_GRID | _LEARNED | {"TO_ROW": True, "FULL": True, "OVERLAP": False},
-        aligned=("N", "K"),
-    ),
+    _in_strips("weight, gradients in strips", False, ("default", "plain", "plain-wide")),
+    _in_strips("weight with a row divisor, gradients in strips", True, ("default", "divided")),
     Case(
         name="weight, sums of its columns",
         kernel=strips.add_rows_kernel,

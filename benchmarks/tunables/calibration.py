@@ -28,7 +28,11 @@ WEIGHTS = {
     "32768": (8192, 28672, 0),
 }
 BOUNDS = {"rows": (11008, 4096, 0), "groups": (4096, 4096, 128)}
-STRIPS = {"default": (11008, 4096, False), "divided": (4096, 4096, True)}  # rows, columns, with a row divisor
+STRIPS = {  # rows, columns, with a row divisor
+    "plain": (4096, 4096, False),
+    "plain-wide": (11008, 4096, False),
+    "divided": (4096, 4096, True),
+}
 EDITED = {"rows": (4096, 11008, 0), "16": (4096, 4096, 8), "32": (4096, 4096, 32), "64": (4096, 4096, 64)}
 TOKENS = {
     "4096": (2048, 4096),
@@ -79,7 +83,7 @@ def strip_candidates(key: str) -> list[Choice]:
             "BLOCK_N": (1, 2, 4, 8),
             "PIECES": (1, 2, 4),
             "AHEAD": (1, 2, 3),
-            "PROGRAMS": (264, 396, 528, 1056),
+            "PROGRAMS": (528, 792, 1056, 1584, 2112),
             "COLUMNS": (1024,),
             "num_warps": (1, 2, 4, 8),
         },
@@ -341,13 +345,13 @@ TUNABLES = (
     ),
     Tunable(
         name="extreme_gradients_bwd",
-        keys={"default": STRIPS["default"]},
+        keys={"default": STRIPS["plain-wide"]},
         candidates=extreme_candidates,
         make_calls=strip_calls,
     ),
     Tunable(
         name="add_rows",
-        keys={"default": STRIPS["default"]},
+        keys={"default": STRIPS["plain-wide"]},
         candidates=adding_candidates,
         make_calls=strip_calls,
     ),

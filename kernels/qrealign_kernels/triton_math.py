@@ -99,23 +99,12 @@ def row_sums_7(a, b, c, d, e, f, g):
 
 
 @triton.jit
-def widen(x):
-    """Convert to float32. Two bfloat16 of a register take an instruction each: the compiler needs three for both."""
-    if INTERPRETED or x.dtype != tl.bfloat16:
-        return x.to(tl.float32)
-    else:
-        return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
-        )
-
-
-@triton.jit
 def load_tile(pointers, mask, FULL: tl.constexpr):
     """Load a tile as float32; one known to be FULL pays for no mask."""
     if FULL:
-        return widen(tl.load(pointers))
+        return tl.load(pointers).to(tl.float32)
     else:
-        return widen(tl.load(pointers, mask=mask, other=0.0))
+        return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -176,11 +165,10 @@ def divide(x, y, reciprocal, EXACT: tl.constexpr):
 
     Each correction adds the remainder's share. After two the quotient is the rounded one (Markstein, IBM J. Res. Dev.
     34, 1990). After one it can only differ, by its last bit, if y has more than 11 significant bits: so EXACT is needed
-    for a float32 y, and one correction does for a scale that was rounded to 16 bits. It is y that is negated, of which
-    there are few: Triton 3.6 subtracts from zero.
+    for a float32 y, and one correction does for a scale that was rounded to 16 bits.
     """
     quotient = x * reciprocal
-    quotient = tl.fma(tl.fma(quotient, -y, x), reciprocal, quotient)
+    quotient = tl.fma(tl.fma(-quotient, y, x), reciprocal, quotient)
     if EXACT:
-        quotient = tl.fma(tl.fma(quotient, -y, x), reciprocal, quotient)
+        quotient = tl.fma(tl.fma(-quotient, y, x), reciprocal, quotient)
     return quotient

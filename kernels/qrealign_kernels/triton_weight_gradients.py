@@ -135,7 +135,7 @@ class _Reduction:
         return WeightGradients(
             low_logit=_like(to_low, self.low_logit),
             high_logit=_like(to_high, self.high_logit),
-            column_scale=None if to_column is None else _like(to_column.sum(0), self.transform.column_scale),
+            column_scale=None if to_column is None else _like(_total(to_column), self.transform.column_scale),
             row_divisor=None if to_divisor is None else _like(_total(to_divisor), self.transform.row_divisor),
         )
 
@@ -217,7 +217,8 @@ def _strips_of(reduction: _Reduction) -> launches.Choice | None:
         return None
     if reduction.low_logit is None and reduction.high_logit is None:
         return None
-    key = launches.DEFAULT if reduction.transform.row_divisor is None else "divided"
+    divided = reduction.transform.row_divisor is not None
+    key = "divided" if divided else launches.by_shape("plain", *reduction.weight.shape)
     strips = dict(launches.choice("strip_gradients_bwd", key, reduction.weight.device))
     return strips if strips.pop("COLUMNS") <= reduction.width else None
 
