@@ -233,7 +233,7 @@ def strip_gradients_bwd_kernel(
         summed = ()
         for piece in tl.static_range(PIECES):
             b_raw, b_g = given[piece]
-            b_w = b_raw * scales[piece] if HAS_COLUMN else b_raw
+            b_w = transformed_tile(b_raw, scales[piece], divisor, HAS_COLUMN, False)
             if HAS_ROW:
                 b_w = _divide_rows(b_w, divisor[:, None], over, True)
             b_error, b_middle, b_lower = _moments(
