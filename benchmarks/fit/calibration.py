@@ -9,6 +9,7 @@ from qrealign_kernels import triton_activations as activations
 from qrealign_kernels import triton_gradient_kernels as gradients
 from qrealign_kernels import triton_low_rank as low_rank
 from qrealign_kernels import triton_rotary as rotary
+from qrealign_kernels import triton_strip_kernels as strips
 from qrealign_kernels import triton_weight as weights
 
 _GRID = {"QMIN": -128, "QMAX": 127, "SYMMETRIC": True, "SCALE_KIND": 2, "MIN_SCALE": 2.0**-24}
@@ -103,6 +104,19 @@ def _gradients(name: str, given: Mapping[str, object], keys: tuple[str, ...], *,
     )
 
 
+def _in_strips(name: str, divided: bool, keys: tuple[str, ...]) -> Case:
+    """Return the case of reducing a bfloat16 gradient down strips of columns."""
+    return Case(
+        name=name,
+        kernel=strips.strip_gradients_bwd_kernel,
+        table="strip_gradients_bwd",
+        types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
+        constants=_GRID | _LEARNED | {"HAS_ROW": divided, "TO_ROW": divided, "FULL": True, "OVERLAP": False},
+        aligned=("N", "K"),
+        keys=keys,
+    )
+
+
 def _norm(name: str, keys: tuple[str, ...], *, hot: bool = True) -> Case:
     """Return the case of normalizing and quantizing bfloat16 tokens."""
     return Case(
@@ -164,6 +178,23 @@ CASES = (
         types={"weight_ptr": "*bf16", "grad_ptr": "*bf16"},
         constants=_GRID | _LEARNED | {"TO_ROW": True, "FULL": True},
         aligned=("N", "K", "C"),
+    ),
+    _in_strips("weight, gradients in strips", False, ("default", "plain", "plain-wide")),
+    _in_strips("weight with a row divisor, gradients in strips", True, ("default", "divided")),
+    Case(
+        name="weight, sums of its columns",
+        kernel=strips.add_rows_kernel,
+        table="add_rows",
+        constants={"OVERLAP": False},
+        aligned=("K",),
+    ),
+    Case(
+        name="weight, gradients of extremes",
+        kernel=strips.extreme_gradients_bwd_kernel,
+        table="extreme_gradients_bwd",
+        types={"weight_ptr": "*bf16"},
+        constants=_GRID | _LEARNED | {"TO_ROW": True, "PIECES": 2, "STRIPS": 8, "OVERLAP": False},
+        aligned=("N", "K"),
     ),
     _gradients("weight, gradients, long rows", _LEARNED | {"TO_COLUMN": True, "TO_ROW": True}, _LONG, hot=False),
     Case(

@@ -18,7 +18,7 @@ PARTS = (
     "benchmarks.fit.blocks",
 )  # each has CASES, a tuple of `Case`
 OPTIONS = ("num_warps", "num_stages")  # of a launch choice; all else but HOST is a constexpr argument
-HOST = ("PROGRAMS", "TOKENS")  # of a launch choice; read by the launching code alone
+HOST = ("PROGRAMS", "TOKENS", "COLUMNS")  # of a launch choice; read by the launching code alone
 
 
 def no_constants(key: str) -> dict[str, int]:

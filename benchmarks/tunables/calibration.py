@@ -28,6 +28,11 @@ WEIGHTS = {
     "32768": (8192, 28672, 0),
 }
 BOUNDS = {"rows": (11008, 4096, 0), "groups": (4096, 4096, 128)}
+STRIPS = {  # rows, columns, with a row divisor
+    "plain": (4096, 4096, False),
+    "plain-wide": (11008, 4096, False),
+    "divided": (4096, 4096, True),
+}
 EDITED = {"rows": (4096, 11008, 0), "16": (4096, 4096, 8), "32": (4096, 4096, 32), "64": (4096, 4096, 64)}
 TOKENS = {
     "4096": (2048, 4096),
@@ -69,6 +74,34 @@ def gradient_candidates(key: str) -> list[Choice]:
         for ahead in (1, 2)
         for programs in (264, 528, 1056)
     ]
+
+
+def strip_candidates(key: str) -> list[Choice]:
+    """Return strips of columns, a warp a row or two, and how many programs share the rows."""
+    return grid(
+        {
+            "BLOCK_N": (1, 2, 4, 8),
+            "PIECES": (1, 2, 4),
+            "AHEAD": (1, 2, 3),
+            "PROGRAMS": (528, 792, 1056, 1584, 2112),
+            "COLUMNS": (1024,),
+            "num_warps": (1, 2, 4, 8),
+        },
+        lambda choice: choice["num_warps"] <= choice["BLOCK_N"] <= 2 * choice["num_warps"],
+    )
+
+
+def extreme_candidates(key: str) -> list[Choice]:
+    """Return tiles of rows."""
+    return grid({"BLOCK_R": (16, 32, 64), "num_warps": (4, 8)}, lambda choice: True)
+
+
+def adding_candidates(key: str) -> list[Choice]:
+    """Return tiles of many rows and few columns."""
+    return grid(
+        {"BLOCK_P": (128, 256, 512), "BLOCK_C": (16, 32), "num_warps": (4, 8)},
+        lambda choice: _held(choice, choice["BLOCK_C"], "BLOCK_P"),
+    )
 
 
 def bound_candidates(key: str) -> list[Choice]:
@@ -156,6 +189,14 @@ def forward_calls(rows: int, columns: int, group_size: int) -> Calls:
 def gradient_calls(rows: int, columns: int, group_size: int) -> Calls:
     """Return calls that reduce a bfloat16 gradient to all that is learned."""
     return backward_calls(rows, columns, learned(rows, columns, group_size))
+
+
+def strip_calls(rows: int, columns: int, divided: bool) -> Calls:
+    """Return calls that reduce a bfloat16 gradient to logits, column scale and, where there is one, row divisor."""
+    arguments = learned(rows, columns, 0)
+    if not divided:
+        del arguments["row_divisor"]
+    return backward_calls(rows, columns, arguments)
 
 
 def bound_calls(rows: int, columns: int, group_size: int) -> Calls:
@@ -296,6 +337,24 @@ def head_calls(tokens: int, heads: int, width: int) -> Calls:
 TUNABLES = (
     Tunable(name="fake_quant_edited_fwd", keys=WEIGHTS, candidates=weight_candidates, make_calls=forward_calls),
     Tunable(name="weight_gradients_bwd", keys=WEIGHTS, candidates=gradient_candidates, make_calls=gradient_calls),
+    Tunable(
+        name="strip_gradients_bwd",
+        keys=STRIPS,
+        candidates=strip_candidates,
+        make_calls=strip_calls,
+    ),
+    Tunable(
+        name="extreme_gradients_bwd",
+        keys={"default": STRIPS["plain-wide"]},
+        candidates=extreme_candidates,
+        make_calls=strip_calls,
+    ),
+    Tunable(
+        name="add_rows",
+        keys={"default": STRIPS["plain-wide"]},
+        candidates=adding_candidates,
+        make_calls=strip_calls,
+    ),
     Tunable(name="bound_gradients_bwd", keys=BOUNDS, candidates=bound_candidates, make_calls=bound_calls),
     Tunable(name="fake_quant_edited_steps_fwd", keys=EDITED, candidates=edited_candidates, make_calls=edited_calls),
     Tunable(
