@@ -187,8 +187,11 @@ def forward_calls(rows: int, columns: int, group_size: int) -> Calls:
 
 
 def gradient_calls(rows: int, columns: int, group_size: int) -> Calls:
-    """Return calls that reduce a bfloat16 gradient to all that is learned."""
-    return backward_calls(rows, columns, learned(rows, columns, group_size))
+    """Return calls that reduce a bfloat16 gradient to logits, column scale and row divisor.
+
+    Of whole rows the weight's own gradient is asked for as well: without it they go down strips.
+    """
+    return backward_calls(rows, columns, learned(rows, columns, group_size), of_weight=not group_size)
 
 
 def strip_calls(rows: int, columns: int, divided: bool) -> Calls:
@@ -206,7 +209,7 @@ def bound_calls(rows: int, columns: int, group_size: int) -> Calls:
     return backward_calls(rows, columns, arguments)
 
 
-def backward_calls(rows: int, columns: int, arguments: dict[str, Any]) -> Calls:
+def backward_calls(rows: int, columns: int, arguments: dict[str, Any], *, of_weight: bool = False) -> Calls:
     """Return calls of the backward of `fake_quant_weight` with what its forward keeps.
 
     Autograd would start them on the stream of the forward pass, which a graph cannot capture.
@@ -214,6 +217,7 @@ def backward_calls(rows: int, columns: int, arguments: dict[str, Any]) -> Calls:
     given = dict(arguments)
     transform = WeightTransform(given.pop("column_scale", None), given.pop("row_divisor", None))
     wanted = frozenset(name for name, value in arguments.items() if isinstance(value, Tensor))
+    wanted |= {"weight"} if of_weight else frozenset()
     grid = {name: given.pop(name) for name in ("num_bits", "group_size")}
     shared: dict[str, Any] = {"transform": transform, "symmetric": True, "scale_dtype": torch.bfloat16} | given | grid
     calls: Calls = []
