@@ -32,14 +32,12 @@ from qrealign_kernels.triton_weight import (
 
 
 @triton.jit
-def _tile_moments(
-    b_g, b_w, low, high, scale, reciprocal, lowest, highest, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr
-):
+def tile_moments(b_g, b_w, b_quotient, low, high, lowest, highest, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr):
     """Return of a tile what rounding leaves over, in steps, and the gradient without and with what lies above.
 
-    Differences of the sums of the last two and of the whole gradient are the sums of what is clipped.
+    `b_quotient` is the weight over the scale. Differences of the sums of the last two and of the whole gradient are the
+    sums of what is clipped.
     """
-    b_quotient = divide(b_w, scale[:, None], reciprocal[:, None], SCALE_KIND == 0)
     b_steps = round_half_even(b_quotient)
     if not (SYMMETRIC and SCALE_KIND == 2):  # there no weight between the bounds rounds to more than an end code
         b_steps = clip(b_steps, lowest[:, None], highest[:, None])
@@ -49,7 +47,7 @@ def _tile_moments(
 
 
 @triton.jit
-def _store_bound_gradients(
+def store_bound_gradients(
     grad_low_ptr, grad_high_ptr, group, m_n, grad_scale, grad_low, grad_high, minimum, maximum, low_share, high_share,
     low, high, raw_scale, low_steps, high_steps, lowest, highest,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr,
@@ -128,8 +126,9 @@ def _reduce_tile(
             minimum, maximum, low_share, high_share, QMIN, QMAX, SYMMETRIC, SCALE_KIND, MIN_SCALE
         )
         lowest, highest = step_bounds(low_steps, high_steps, zero_point, QMIN, QMAX)
-        b_error, b_inside, b_not_high = _tile_moments(
-            b_g, b_w, low, high, scale, reciprocal, lowest, highest, SYMMETRIC, SCALE_KIND
+        b_quotient = divide(b_w, scale[:, None], reciprocal[:, None], SCALE_KIND == 0)
+        b_error, b_inside, b_not_high = tile_moments(
+            b_g, b_w, b_quotient, low, high, lowest, highest, SYMMETRIC, SCALE_KIND
         )
         is_lowest = b_w == minimum[:, None]
         is_highest = b_w == maximum[:, None]
@@ -148,7 +147,7 @@ def _reduce_tile(
                 b_error, b_g, b_not_high, b_inside, b_lows, b_highs
             )
         b_g = b_inside
-        at_minimum, at_maximum = _store_bound_gradients(
+        at_minimum, at_maximum = store_bound_gradients(
             grad_low_ptr, grad_high_ptr, n * G + g, m_n, grad_scale, not_high - inside, total - not_high, minimum,
             maximum, low_share, high_share, low, high, raw_scale, low_steps, high_steps, lowest, highest, HAS_LOW,
             HAS_HIGH, QMIN, QMAX, SYMMETRIC, MIN_SCALE,
@@ -264,8 +263,9 @@ def bound_gradients_bwd_kernel(
             b_w, n, o_k, m_n, m_k, column_scale_ptr, row_divisor_ptr, HAS_COLUMN, HAS_ROW, FULL
         )
         b_w = transformed_tile(b_w, column_scale, divisor, HAS_COLUMN, HAS_ROW)
-        b_error, b_inside, b_not_high = _tile_moments(
-            b_g, b_w, low, high, scale, reciprocal, lowest, highest, SYMMETRIC, SCALE_KIND
+        b_quotient = divide(b_w, scale[:, None], reciprocal[:, None], SCALE_KIND == 0)
+        b_error, b_inside, b_not_high = tile_moments(
+            b_g, b_w, b_quotient, low, high, lowest, highest, SYMMETRIC, SCALE_KIND
         )
         b_total += b_g
         b_lower += b_not_high
@@ -275,7 +275,7 @@ def bound_gradients_bwd_kernel(
             b_moment = tl.fma(b_inside, b_w, b_moment)
     not_high = tl.sum(b_lower, axis=1)
     inside = tl.sum(b_middle, axis=1)
-    at_minimum, at_maximum = _store_bound_gradients(
+    at_minimum, at_maximum = store_bound_gradients(
         grad_low_ptr, grad_high_ptr, group, m_n, tl.sum(b_errors, axis=1), not_high - inside,
         tl.sum(b_total, axis=1) - not_high, minimum, maximum, low_share, high_share, low, high, raw_scale, low_steps,
         high_steps, lowest, highest, HAS_LOW, HAS_HIGH, QMIN, QMAX, SYMMETRIC, MIN_SCALE,

@@ -11,16 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qrealign_kernels.triton_gradient_kernels import _store_bound_gradients
-from qrealign_kernels.triton_math import (
-    INTERPRETED,
-    clip,
-    load_columns,
-    load_tile,
-    round_half_even,
-    round_to,
-    store_tile,
-)
+from qrealign_kernels.triton_gradient_kernels import store_bound_gradients, tile_moments
+from qrealign_kernels.triton_math import INTERPRETED, load_columns, load_tile, round_to, store_tile
 from qrealign_kernels.triton_overlap import wait_for_inputs
 from qrealign_kernels.triton_weight import (
     kept_shares,
@@ -129,23 +121,6 @@ def _divide_rows(x, y, reciprocal, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _moments(
-    b_g, b_w, low, high, scale, reciprocal, lowest, highest, SYMMETRIC: tl.constexpr, SCALE_KIND: tl.constexpr
-):
-    """Return of a tile what rounding leaves over, in steps, and the gradient without and with what lies above.
-
-    Those of `triton_gradient_kernels`, by fewer instructions.
-    """
-    b_quotient = _divide_rows(b_w, scale[:, None], reciprocal[:, None], SCALE_KIND == 0)
-    b_steps = round_half_even(b_quotient)
-    if not (SYMMETRIC and SCALE_KIND == 2):  # there no weight between the bounds rounds to more than an end code
-        b_steps = clip(b_steps, lowest[:, None], highest[:, None])
-    b_not_high = tl.where(b_w > high[:, None], 0.0, b_g)
-    b_inside = tl.where(b_w < low[:, None], 0.0, b_not_high)
-    return b_steps - b_quotient, b_inside, b_not_high
-
-
-@triton.jit
 def _by_lane(tile, BLOCK_N: tl.constexpr):
     """View a piece `[BLOCK_N, PIECE]` as what each lane holds, `[BLOCK_N, LANES, HELD]`."""
     return tl.reshape(tile, [BLOCK_N, LANES, HELD])
@@ -236,8 +211,9 @@ def strip_gradients_bwd_kernel(
             b_w = transformed_tile(b_raw, scales[piece], divisor, HAS_COLUMN, False)
             if HAS_ROW:
                 b_w = _divide_rows(b_w, divisor[:, None], over, True)
-            b_error, b_middle, b_lower = _moments(
-                b_g, b_w, low, high, scale, reciprocal, lowest, highest, SYMMETRIC, SCALE_KIND
+            b_quotient = _divide_rows(b_w, scale[:, None], reciprocal[:, None], SCALE_KIND == 0)
+            b_error, b_middle, b_lower = tile_moments(
+                b_g, b_w, b_quotient, low, high, lowest, highest, SYMMETRIC, SCALE_KIND
             )
             # The first piece is not added to zeros: the compiler would have to, for the sake of -0.
             b_errors = b_middle * b_error if piece == 0 else tl.fma(b_middle, b_error, b_errors)
@@ -389,7 +365,7 @@ def extreme_gradients_bwd_kernel(
     )
     low, high, raw_scale, _, _, zero_point, low_steps, high_steps = grid
     lowest, highest = step_bounds(low_steps, high_steps, zero_point, QMIN, QMAX)
-    at_minimum, at_maximum = _store_bound_gradients(
+    at_minimum, at_maximum = store_bound_gradients(
         grad_low_ptr, grad_high_ptr, n, m_n, to_scale, below, above, minimum, maximum, low_share, high_share, low, high,
         raw_scale, low_steps, high_steps, lowest, highest, HAS_LOW, HAS_HIGH, QMIN, QMAX, SYMMETRIC, MIN_SCALE,
     )  # fmt: skip
