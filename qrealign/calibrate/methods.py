@@ -334,7 +334,7 @@ def _long(settings: CalibrationSettings) -> CalibrationSettings:
         batch_malicious_share=0.5,
         steps=800,
         passes=1.28,
-        benign_weight=0.9 * settings.benign_weight,
+        benign_weight=0.75 * settings.benign_weight,
         edit_rank=max(8, settings.edit_rank),
         edit_budget=max(0.05, settings.edit_budget),
         refusal_tokens=16,  # to their ends: the longer late refusals are taught, the sooner a loop follows an open one
