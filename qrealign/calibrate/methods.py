@@ -334,7 +334,6 @@ def _long(settings: CalibrationSettings) -> CalibrationSettings:
         batch_malicious_share=0.5,
         steps=800,
         passes=1.28,
-        benign_weight=0.75 * settings.benign_weight,
         edit_rank=max(8, settings.edit_rank),
         edit_budget=max(0.05, settings.edit_budget),
         refusal_tokens=16,  # to their ends: the longer late refusals are taught, the sooner a loop follows an open one
@@ -342,6 +341,6 @@ def _long(settings: CalibrationSettings) -> CalibrationSettings:
         task_share=0.2,
         task_labels=1.0,
         borderline_share=0.1,
-        borderline_weight=0.6,
+        borderline_weight=0.42,
         text_share=0.08,
     )
