@@ -19,6 +19,7 @@ def draw_plots(folder: Path, rows: Sequence[Row]) -> list[Path]:
         QrealignError: matplotlib is not installed.
     """
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError as error:
         raise QrealignError(
@@ -29,7 +30,9 @@ def draw_plots(folder: Path, rows: Sequence[Row]) -> list[Path]:
         chosen = [row for row in rows if row.variant == variant and row.scheme in ("", scheme)]
         for name, draw in (("trade-off", _draw_trade_off), ("sources", _draw_sources)):
             figure = Figure(figsize=(7.5, 5), layout="constrained")
-            draw(figure.subplots(), chosen)
+            axes = figure.subplots()
+            axes.set_prop_cycle(color=[colormaps["tab20"](shade) for shade in range(20)])  # methods are more than 10
+            draw(axes, chosen)
             figure.suptitle(f"{variant}, {scheme.upper()}")
             path = folder / f"{variant}-{scheme}-{name}.svg"
             with write_aside(path) as aside:
