@@ -15,7 +15,7 @@ from qrealign.records import ModelScores
 
 # Scores that are shares of prompts, in the order of the table.
 SHARES = ("harmful_score", "over_refusal", "refusal_rate", "degenerate_rate", "task_accuracy", "prefill_attack")
-RIVALS = (BASELINE, OURS, "aligned")
+RIVALS = (BASELINE, OURS, "aligned", "finetuned")
 _MEASURING = frozenset({"evaluate", "analyse"})  # the other stages are what a repair costs
 
 

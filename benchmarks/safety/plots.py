@@ -19,7 +19,7 @@ def draw_plots(folder: Path, rows: Sequence[Row]) -> list[Path]:
         QrealignError: matplotlib is not installed.
     """
     try:
-        from matplotlib import colormaps
+        from matplotlib import colormaps, rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
         raise QrealignError(
@@ -35,8 +35,8 @@ def draw_plots(folder: Path, rows: Sequence[Row]) -> list[Path]:
             draw(axes, chosen)
             figure.suptitle(f"{variant}, {scheme.upper()}")
             path = folder / f"{variant}-{scheme}-{name}.svg"
-            with write_aside(path) as aside:
-                figure.savefig(aside, format="svg")
+            with write_aside(path) as aside, rc_context({"svg.hashsalt": path.stem}):  # the same figures, the same file
+                figure.savefig(aside, format="svg", metadata={"Date": None})
             drawn.append(path)
     return drawn
 
