@@ -75,7 +75,7 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
         choices=SCHEDULES,
         metavar="NAME",
         help="parity, the method's own steps (default); fast, block-wise: a sixteenth of the paper's steps with larger "
-        "batches, and an end where a block no longer improves; long, realign: ten times the prompts and steps",
+        "batches, and an end where a block no longer improves; long, realign: ten times the prompts, 13 times the work",
     )
     group.add_argument(
         "--repair", choices=list(REPAIRS), metavar="NAME", help="repair before the quantization: " + ", ".join(REPAIRS)
@@ -125,7 +125,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "--task-data",
         nargs="+",
         metavar="DATA",
-        help="prompts of the fine-tuning task; their labels serve the evaluation only",
+        help="prompts of the fine-tuning task; their labels serve the evaluation, and training where task_labels says so",
     )
     group.add_argument(
         "--text-data", nargs="+", metavar="DATA", help="running text on which the model shall stay as it is"

@@ -316,7 +316,7 @@ def _fast(settings: CalibrationSettings) -> CalibrationSettings:
 
 
 def _long(settings: CalibrationSettings) -> CalibrationSettings:
-    """Return settings of `realign` for ten times the prompts and steps, or as much of both as the data has.
+    """Return settings of `realign` for ten times the prompts and 13 times the sequences, or what the data has of both.
 
     Harmful answers and refusals of borderline prompts trade as before; ordinary prompts and prefill attacks are told
     apart better (docs/recipe.md).
