@@ -50,6 +50,9 @@ class OptionalBuildExt(build_ext):
         super().run()
         folder = Path(self.get_ext_fullpath(f"{PACKAGE}._C")).parent  # in the checkout if that is where it goes
         folder.mkdir(parents=True, exist_ok=True)
+        for name, note in self.notes.items():
+            if note != "built":  # what an earlier build left there is of other sources, or not wanted
+                Path(self.get_ext_fullpath(f"{PACKAGE}.{name}")).unlink(missing_ok=True)
         lines = [f"{name}: {note}\n" for name, note in self.notes.items()]
         (folder / "_build_note.txt").write_text("".join(lines), encoding="utf-8")
 

@@ -125,7 +125,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "--task-data",
         nargs="+",
         metavar="DATA",
-        help="prompts of the fine-tuning task; their labels serve the evaluation, and training where task_labels says so",
+        help="prompts of the fine-tuning task; their labels serve the evaluation; where task_labels says so, training",
     )
     group.add_argument(
         "--text-data", nargs="+", metavar="DATA", help="running text on which the model shall stay as it is"

@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--only-report", action="store_true", help="measure nothing; tables and figures of what is there"
     )
     options = parser.parse_args(arguments)
+    if min([*options.batches, options.prompt_piece or 1]) < 1:
+        parser.error("--batches and --prompt-piece must be 1 or more")
     return exit_status(lambda: _run(options), interrupted="the rows that were measured are kept")
 
 

@@ -28,7 +28,9 @@ from benchmarks.docs import put_table, split_document
 from benchmarks.gemm.figures import figures, from_csv, table, to_csv
 from benchmarks.gemm.measure import SHAPES
 from benchmarks.gemm.peers import BASELINE, PEERS, ROWS, TUNING
+from qrealign.errors import ConfigError, DeviceError
 from qrealign.files import write_text
+from qrealign.status import exit_status
 
 DOCS_NAME = "gemm sweep"
 RESULTS = Path(__file__).parents[1] / "results"
@@ -122,6 +124,13 @@ def record(rows: list[dict[str, Any]], output: Path) -> None:
         summary.record(section, values, path=output / summary.SUMMARY.name)
 
 
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        return from_csv(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): measure first, or name its folder") from error
+
+
 def report(rows: list[dict[str, Any]], docs: Path | None) -> None:
     """Show the table, and put it into the document."""
     print(table(rows))
@@ -129,7 +138,7 @@ def report(rows: list[dict[str, Any]], docs: Path | None) -> None:
         put_table(docs, DOCS_NAME, table(rows))
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gemm", description=__doc__)
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="PEER")
     parser.add_argument("--rows", nargs="+", type=int, help=f"numbers of tokens; default: {ROWS} and what peers add")
@@ -139,12 +148,22 @@ def main() -> int:
     parser.add_argument("--only-report", action="store_true", help="time nothing: render what gemm.csv holds")
     parser.add_argument("--skip-compile", action="store_true", help="what peers tune is in Triton's cache already")
     parser.add_argument("--skip-tests", action="store_true", help="the tests have just passed on this GPU")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    return exit_status(lambda: _run(args), interrupted="the rows that were measured are kept")
+
+
+def _run(args: argparse.Namespace) -> int:
     if args.docs is not None:
         split_document(args.docs, DOCS_NAME)  # before hours of measuring
     if args.only_report:
-        report(from_csv((args.output / "gemm.csv").read_text(encoding="utf-8")), args.docs)
+        report(_read_rows(args.output / "gemm.csv"), args.docs)
         return 0
+    if not torch.cuda.is_available():  # found before rows that were measured elsewhere are replaced
+        raise DeviceError("the products are timed on a GPU, and this machine shows none: run this where one is")
     if not args.skip_tests:
         require_green_tests()
     args.output.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from benchmarks.serving.load import measure_level
 from benchmarks.serving.results import DOCUMENT, RESULTS, describe_storm, publish, read_rows, row_of, store
 from benchmarks.serving.storm import run_storm
 from benchmarks.summary import provenance
-from qrealign.errors import QrealignError
+from qrealign.errors import ConfigError, QrealignError
 from qrealign.status import exit_status
 
 _ADDRESS = re.compile(r"at (http://[^\s/]+)/")
@@ -70,7 +70,11 @@ def _run(options: argparse.Namespace) -> int:
 async def _measure(url: str, options: argparse.Namespace) -> None:
     """Run the levels and the storm."""
     stamp = provenance()  # before the first row is written: from then on the tree is another
-    await measure_level(url, streams=2, requests=2, prompt_tokens=options.prompt_tokens, tokens=4, seed=1)  # warm-up
+    try:
+        warm_up = {"streams": 2, "requests": 2, "prompt_tokens": options.prompt_tokens, "tokens": 4, "seed": 1}
+        await measure_level(url, **warm_up)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no server answers at {url} ({error}): start one, or name its address") from error
     for streams in options.streams:
         level = await measure_level(
             url,

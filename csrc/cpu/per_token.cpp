@@ -7,16 +7,24 @@ namespace qrealign {
 namespace {
 
 QREALIGN_INLINE float scale_of(const float* row, int64_t columns, CodeRange range) {
-  Lanes lanes = {};
+  // As integers, magnitudes without a sign have the order of the floats, and NaN is above them all.
+  IntLanes lanes = {};
   int64_t k = 0;
   for (; k + kLanes <= columns; k += kLanes) {
-    const Lanes x = load_lanes(row + k);
-    const Lanes magnitude = x < 0.0f ? -x : x;
+    IntLanes magnitude;
+    std::memcpy(&magnitude, row + k, sizeof magnitude);
+    magnitude &= 0x7FFFFFFF;
     lanes = magnitude > lanes ? magnitude : lanes;
   }
-  float largest = 0.0f;
-  for (int lane = 0; lane < kLanes; ++lane) largest = std::max(largest, lanes[lane]);
-  for (; k < columns; ++k) largest = std::fabs(row[k]) > largest ? std::fabs(row[k]) : largest;
+  int32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits = std::max(bits, lanes[lane]);
+  for (; k < columns; ++k) {
+    int32_t magnitude;
+    std::memcpy(&magnitude, row + k, sizeof magnitude);
+    bits = std::max(bits, magnitude & 0x7FFFFFFF);
+  }
+  float largest;
+  std::memcpy(&largest, &bits, sizeof largest);
   const float scale = largest / ((range.qmax - range.qmin) / 2);
   return scale == 0.0f ? kZeroScaleReplacement : scale;
 }

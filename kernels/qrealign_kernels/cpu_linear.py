@@ -42,7 +42,7 @@ def isa() -> str:
         return "none"
     try:
         return str(_C.linear_isa(ISA))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # the former of bytes that are no text
         raise BackendUnavailableError(
             f"QREALIGN_CPU_ISA={ISA}: {error}; unset it, or name scalar, avx2, avx512vnni or amx"
         ) from error

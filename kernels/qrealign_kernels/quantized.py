@@ -67,7 +67,13 @@ class PackedWeight:
         return sum(tensor.nbytes for tensor in (self.data, self.scale, self.zero_point) if tensor is not None)
 
     def rows(self, first: int, last: int) -> PackedWeight:
-        """Return rows `first` to `last - 1` as views: every layout keeps a row's codes together."""
+        """Return rows `first` to `last - 1` as views.
+
+        Raises:
+            ValueError: the layout does not keep a row's codes together.
+        """
+        if len(self.data) != self.shape[0]:
+            raise ValueError(f"rows of a weight in layout {self.layout!r} do not lie apart: repack the rows' codes")
         zero_point = None if self.zero_point is None else self.zero_point[first:last]
         data, scale = self.data[first:last], self.scale[first:last]
         return replace(self, data=data, scale=scale, zero_point=zero_point, shape=(len(data), self.shape[1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -335,7 +336,8 @@ async def _invalid(request: Request, error: Exception) -> Response:
     # Of a field that may be several things, the complaints about the thing that was meant.
     found = error.errors()
     first = next((one for one in found if not one["type"].endswith("_type")), found[0])
-    path = [str(part) for part in first["loc"][1:]]
+    # Of a union, a part names the alternative by pydantic's own description: no field has such a name.
+    path = [str(part) for part in first["loc"][1:] if not re.search(r"[\[(]", str(part))]
     where, what = ".".join(path), str(first["msg"])
     if first["type"] == "json_invalid":
         return await _refused(request, ApiError(400, f"the body is no JSON: {first['ctx']['error']}"))

@@ -229,7 +229,6 @@ class Engine:
 
     def _advance(self, job: Job, choice: Choice) -> None:
         if not choice.finite:
-            self._runner.cache.clear_row(self._rows.index(job))
             self._leave(job, Piece(failure=Failure.BROKEN))
             return
         if choice.token_id in self._stop_ids and not job.sampling.ignore_eos:
@@ -250,6 +249,8 @@ class Engine:
     def _leave(self, job: Job, piece: Piece) -> None:
         """Free the row of a job and close the gaps that it leaves."""
         row = self._rows.index(job)
+        if piece.failure is not None:  # nobody looked at the numbers it holds, or they are none
+            self._runner.cache.clear_row(row)
         if row < self._decoding:
             self._decoding -= 1
             self._move(self._decoding, row)

@@ -89,13 +89,20 @@ def load_served(
     else:
         scheme, model = str(chosen).removeprefix("torch."), source.load_model(device, chosen)
     return ServedModel(
-        name=name or (folder.parent.name if folder.name == "model" and folder.parent.name else folder.name),
+        name=name or name_of(path_or_id, folder),
         model=model,
         encoder=encoder,
         stop_ids=find_stop_ids(model, encoder),
         scheme=scheme,
         verdict=read_verdict(folder.parent / "report.json"),
     )
+
+
+def name_of(path_or_id: str, folder: Path) -> str:
+    """Return the folder's name, a run's for its model/, and of a Hub id the id: the Hub's folders are commit hashes."""
+    if not Path(path_or_id).expanduser().is_dir():
+        return path_or_id
+    return folder.parent.name if folder.name == "model" and folder.parent.name else folder.name
 
 
 def read_verdict(report: Path) -> Verdict | None:

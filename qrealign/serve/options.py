@@ -58,7 +58,7 @@ class ServeOptions:
             ("grace", 0),
         ):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not value >= least:  # NaN is neither
                 raise ConfigError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
         for name in ("request_timeout", "body_timeout"):
             if not getattr(self, name) > 0:

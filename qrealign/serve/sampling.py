@@ -43,7 +43,8 @@ class SamplingSettings:
 
     def numbers(self) -> random.Random:
         """Return the sequence's source of random numbers: whoever else is in the batch, they come in the same order."""
-        return random.Random(self.seed)
+        # Python seeds with the absolute value of an integer: -1 and 1 would be one seed.
+        return random.Random(None if self.seed is None else self.seed % 2**64)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -151,8 +151,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host} port {port} ({error.strerror or error}): choose another") from error
+    except (OSError, UnicodeError) as error:  # the latter: no host can have such a name
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot listen on {host} port {port} ({reason}): choose another") from error
 
 
 def _greeting(served: ServedModel, runner: Runner, options: ServeOptions, listener: socket.socket) -> list[str]:

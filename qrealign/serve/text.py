@@ -8,6 +8,7 @@ Decode = Callable[[Sequence[int]], str]
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer gives for bytes that are no character, or not yet one
 _CONTEXT = 6  # ids in front of the new ones; a tokenizer may write a word's space only where a word stands before it
+_BYTES = 4  # of the longest character
 _LONGEST_CHARACTER = 8  # ids that may wait for the rest of a character, of which four bytes are the most
 
 
@@ -23,6 +24,9 @@ class TextStream:
         self._decode = decode
         self._ids = list(behind)[-_CONTEXT:]
         self._given = len(self._ids)  # of these the text was given, or is not asked for: they are context
+        least = max(len(self._ids) - _BYTES + 1, 0)
+        while self._given > least and decode(self._ids[: self._given]).endswith(UNFINISHED):
+            self._given -= 1  # the first bytes of a character, which the answer completes and then shows
 
     def push(self, token_id: int) -> str:
         """Take the next id and return the text that it completes, which may be none."""

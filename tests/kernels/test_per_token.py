@@ -54,6 +54,18 @@ def test_equals_reference(shape: tuple[int, ...], num_bits: int) -> None:
     assert torch.equal(fake, codes * scale)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [0, 40])
+def test_numbers_that_are_none_stay_visible(bad: float, place: int, each_backend: str) -> None:
+    if each_backend == "triton" and bad != bad:
+        pytest.skip("Triton's maximum leaves NaN out")
+    x = torch.ones(2, 41)
+    x[0, place] = bad
+    scale = kernels.quantize_per_token(x)[1]
+    torch.testing.assert_close(scale, reference.quantize_per_token_ref(x)[1], rtol=0, atol=0, equal_nan=True)
+    assert not torch.isfinite(scale[0]) and torch.isfinite(scale[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype, each_backend: str) -> None:
     if each_backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():

@@ -214,6 +214,19 @@ def test_numbers_that_are_none_cost_one_answer(desk, runner):
     assert [ending.failure for ending in endings] == [Failure.BROKEN, None, None]
 
 
+def test_the_row_of_a_job_that_was_cancelled_is_emptied(desk, runner):
+    runner.gate.clear()
+    job, pieces = desk.job(prompt(4), max_tokens=50)
+    desk.engine.submit([job])
+    wait_until(lambda: desk.engine.load().running == 1)
+    buffers = [buffer for buffer in runner.cache._buffers() if buffer.is_floating_point()]
+    buffers[0][0, :, -1] = float("nan")  # what nobody has looked at yet
+    job.cancelled = True
+    runner.gate.set()
+    assert read_all(pieces)[-1].failure == Failure.CANCELLED
+    assert all(bool(torch.isfinite(buffer).all()) for buffer in buffers)
+
+
 def test_draining_refuses_new_jobs_and_stopping_ends_the_rest(desk, runner):
     runner.gate.clear()
     jobs = [desk.job(prompt(4), max_tokens=100) for _ in range(5)]

@@ -189,6 +189,21 @@ def test_neutral_values_are_taken(client):
 
 
 @pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "stop": ""}),
+        ("chat/completions", {"messages": [{"role": "user", "content": None}]}),
+        ("completions", {"prompt": 5}),
+        ("completions", {"prompt": [-1]}),
+    ],
+)
+def test_refusals_name_fields_and_no_insides(running, path, body):
+    response = post(running, {"model": "tiny", **body}, f"/v1/{path}")
+    message = response.json()["error"]["message"]
+    assert response.status_code == 400 and not any(part in message for part in ("function-", "[", " at 0x")), message
+
+
+@pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"{" * 3000, b'{"model": NaN}', b"1" * 4000]
 )
 def test_bodies_that_are_no_request_are_refused(running, body):

@@ -12,7 +12,7 @@ from qrealign.config import parse_scheme
 from qrealign.deploy.layers import PackedLinear
 from qrealign.errors import CheckpointFormatError, ConfigError, DeviceError, ModelError
 from qrealign.serve.__main__ import main
-from qrealign.serve.loading import load_served, read_verdict
+from qrealign.serve.loading import load_served, name_of, read_verdict
 from qrealign.serve.options import KEY_VARIABLE, ServeOptions, build_parser, parse_options
 from qrealign.serve.server import open_runner
 from tests.helpers import tiny_checkpoint
@@ -44,6 +44,13 @@ def test_a_packed_folder_is_served_with_its_verdict(tmp_path):
     small = load_served(str(folder), device=CPU, dtype=None, max_length=64, head_bits=8, embedding_on_host=True)
     assert type(small.model.get_output_embeddings()) is PackedLinear
     open_runner(small, ServeOptions(model="x", max_slots=2, cache_bits=8))
+
+
+def test_a_hub_id_is_served_under_its_name(tmp_path):
+    folder = tmp_path / "snapshots" / "0123abcd"  # as the Hub's cache names it
+    folder.mkdir(parents=True)
+    assert name_of("org/tiny", folder) == "org/tiny"
+    assert name_of(str(folder), folder) == "0123abcd"
 
 
 def test_a_plain_folder_is_served_in_the_dtype_asked_for(tmp_path):
@@ -118,7 +125,9 @@ def test_the_command_line_fills_the_options(monkeypatch):
         (["--api-key", " "], "API key"),
         (["--api-key", "from-a-file\n"], "no white space around it"),
         (["--device", "cuda:77"], "--device"),
+        (["--grace", "nan"], "--grace"),
         (["--host", "no.such.host.invalid"], "cannot listen"),
+        (["--host", "a..b"], "cannot listen on a..b"),
     ],
 )
 def test_options_out_of_range_are_refused(flags, words, capsys):

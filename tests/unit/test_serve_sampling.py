@@ -75,4 +75,5 @@ def test_a_seed_gives_the_same_numbers_and_none_others():
         return [source.random() for _ in range(5)]
 
     assert numbers(3) == numbers(3) != numbers(4)
+    assert numbers(-1) == numbers(-1) != numbers(1)
     assert numbers(None) != numbers(None)

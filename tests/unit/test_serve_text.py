@@ -55,6 +55,13 @@ def test_garbage_does_not_wait_for_ever(tokenizer, decode):
     assert len(stream._ids) <= 16
 
 
+def test_a_character_that_the_prompt_begins_is_completed(tokenizer, decode):
+    ids = ids_of(tokenizer, "a 🎉 b")
+    cut = next(index for index in range(len(ids)) if decode(ids[:index]).endswith("\ufffd"))
+    stream = TextStream(decode, ids[:cut])
+    assert "".join(map(stream.push, ids[cut:])) + stream.flush() == "🎉 b"
+
+
 def test_a_space_in_front_of_the_first_word_is_kept_behind_a_prompt():
     words = {1: "Once", 2: "upon", 3: "a"}
 
