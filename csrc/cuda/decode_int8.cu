@@ -19,24 +19,25 @@ __device__ __forceinline__ void multiply(int (&sums)[4], uint32_t a0, uint32_t a
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// The largest magnitude of a token, for all threads of the block; `scratch` is of kWarp floats.
+// The largest magnitude of a token, for all threads of the block; `scratch` is of kWarp numbers. Magnitudes are compared
+// as integers, which have the same order, and where NaN is above them all.
 template <typename T>
-__device__ float largest_of(const T* token, int columns, float* scratch) {
-  float largest = 0.0f;
+__device__ float largest_of(const T* token, int columns, int* scratch) {
+  int largest = 0;
   for (int k = threadIdx.x * kVector; k < columns; k += blockDim.x * kVector) {
     const uint4 eight = load(token + k);
     const T* values = reinterpret_cast<const T*>(&eight);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) largest = fmaxf(largest, fabsf(to_float(values[i])));
+    for (int i = 0; i < kVector; ++i) largest = max(largest, __float_as_int(fabsf(to_float(values[i]))));
   }
   for (int distance = kWarp / 2; distance; distance /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
+    largest = max(largest, __shfl_xor_sync(~0u, largest, distance));
   }
   __syncthreads();  // a token before may still be read from scratch
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = largest;
   __syncthreads();
-  for (int warp = 0; warp < blockDim.x / kWarp; ++warp) largest = fmaxf(largest, scratch[warp]);
-  return largest;
+  for (int warp = 0; warp < blockDim.x / kWarp; ++warp) largest = max(largest, scratch[warp]);
+  return __int_as_float(largest);
 }
 
 __device__ __forceinline__ float scale_of(float largest) {
@@ -63,7 +64,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
                        const T* bias, T* out, DecodeShape shape) {
   constexpr int kRows = kRowTiles * kTileRows, kTokens = kTokenTiles * kTileTokens;
   extern __shared__ __align__(16) char shared[];
-  __shared__ float scratch[kWarp], fused_scale[kMaxFusedTokens];
+  __shared__ int scratch[kWarp];
+  __shared__ float fused_scale[kMaxFusedTokens];
   __shared__ __align__(16) uint32_t fused_codes[kFused ? kMaxWarps : 1][kMaxFusedTokens][kWarp];  // a unit of each warp
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int g = lane / 4, t = lane % 4;
@@ -210,7 +212,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
 
 template <typename T>
 __global__ void quantize_tokens_kernel(const T* x, int8_t* codes, float* scale, int columns) {
-  __shared__ float scratch[kWarp];
+  __shared__ int scratch[kWarp];
   let_next_kernel_start();
   wait_for_kernels_before();
   const T* token = x + static_cast<size_t>(blockIdx.x) * columns;

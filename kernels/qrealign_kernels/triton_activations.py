@@ -19,6 +19,7 @@ from qrealign_kernels.triton_math import (
     clip,
     convert,
     exponential,
+    largest_magnitude,
     round_half_even,
     round_to,
     to_int8,
@@ -34,7 +35,7 @@ def store_tokens(
     CODES: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, ZERO_SCALE: tl.constexpr,
 ):  # fmt: skip
     """Store a tile of tokens as codes and scales, or rounded to their grid."""
-    scale = tl.div_rn(tl.max(tl.abs(b_y), axis=1), (QMAX - QMIN) * 0.5)
+    scale = tl.div_rn(largest_magnitude(b_y, 1), (QMAX - QMIN) * 0.5)
     scale = tl.where(scale == 0.0, ZERO_SCALE, scale)
     steps = clip(round_half_even(tl.div_rn(b_y, scale[:, None])), QMIN * 1.0, QMAX * 1.0)
     offsets = r[:, None] * C + o_c[None, :]

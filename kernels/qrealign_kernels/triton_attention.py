@@ -23,6 +23,7 @@ from qrealign_kernels.triton_math import (
     INTERPRETED,
     clip,
     convert,
+    largest_magnitude,
     round_half_even,
     round_to,
     to_int8,
@@ -50,7 +51,7 @@ def _rotated(x_ptr, offsets, o_d, b_cos, b_sin, mask, D: tl.constexpr, KIND: tl.
 @triton.jit
 def _encoded(b_x):
     """Return the codes of heads `[H, D]` as float32, and their scales `[H]`, as `reference.quantize_per_token_ref`."""
-    scale = tl.div_rn(tl.max(tl.abs(b_x), axis=1), (_QMAX - _QMIN) * 0.5)
+    scale = tl.div_rn(largest_magnitude(b_x, 1), (_QMAX - _QMIN) * 0.5)
     scale = tl.where(scale == 0.0, _ZERO_SCALE, scale)
     return clip(round_half_even(tl.div_rn(b_x, scale[:, None])), _QMIN, _QMAX), scale
 

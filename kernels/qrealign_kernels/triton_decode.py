@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from qrealign_kernels.layouts import BLOCK, PLANE
-from qrealign_kernels.triton_math import INTERPRETED, ROUNDER, clip, divide, round_half_even, to_int8
+from qrealign_kernels.triton_math import INTERPRETED, ROUNDER, clip, divide, largest_magnitude, round_half_even, to_int8
 from qrealign_kernels.triton_overlap import prefetch_rows, wait_for_inputs
 
 _BLOCK = tl.constexpr(BLOCK)
@@ -49,8 +49,8 @@ def _x_scale(
         for step in tl.static_range(STEPS):
             o_k = step * WIDTH + tl.arange(0, WIDTH)
             b_x = tl.load(x_ptr + o_k, mask=o_k < K, other=0.0).to(tl.float32)
-            b_largest = tl.maximum(b_largest, tl.abs(b_x))
-        scale = tl.div_rn(tl.max(b_largest, axis=0), (QMAX - QMIN) * 0.5)
+            b_largest = _larger(b_largest, tl.abs(b_x))
+        scale = tl.div_rn(largest_magnitude(b_largest, 0), (QMAX - QMIN) * 0.5)
         scale = tl.where(scale == 0.0, ZERO_SCALE, scale)
     else:
         scale = tl.load(x_scale_ptr)

@@ -49,6 +49,12 @@ def clip(x, low, high):
 
 
 @triton.jit
+def largest_magnitude(x, axis: tl.constexpr):
+    """Return the largest |x| along an axis; a NaN is above everything, as it is among the bits read as integers."""
+    return tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=axis).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def sigmoid(x):
     """Return 1 / (1 + e**-x), on GPUs with the bits that torch gives."""
     return tl.div_rn(1.0, 1.0 + exponential(-x))
