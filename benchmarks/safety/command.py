@@ -24,7 +24,7 @@ from qrealign.errors import ConfigError, QrealignError
 from qrealign.files import read_json, write_text
 from qrealign.models.source import open_model
 from qrealign.pipeline.models import choose_device
-from qrealign.pipeline.options import RunOptions, merge_options
+from qrealign.pipeline.options import RunOptions, merge_options, used_options
 
 SMALL_MODEL_BYTES = 2**30  # workers share a GPU, and split a processor, below this
 OFFERED = (*METHODS, f"{OURS}:schedule=long")
@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="option of qrealign.run for every cell, for trials",
+        help="option of qrealign.run for every cell that has a use for it, for trials",
     )
     asked = parser.add_argument_group("evaluation")
     asked.add_argument("--per-source", type=int, metavar="N", help="most harmful prompts of a source (default: all)")
@@ -200,7 +200,8 @@ def _check_options(methods: Sequence[str], overrides: dict[str, Any]) -> None:
         if unknown := sorted({*overrides, *options} - known):
             raise ConfigError(f"{unknown[0]!r} is no option of qrealign.run: options are its flags with _ for -")
         # Whether a base model is there is not asked: without one the methods that need it fail, and no other.
-        merge_options(None, {"method": method, "base": "any", **overrides, **options})
+        values = used_options({"method": method, "base": "any", **overrides, **options})
+        merge_options(None, {**values, **options})
 
 
 def choose_devices(names: Sequence[str] | None) -> list[str]:

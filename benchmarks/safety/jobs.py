@@ -27,7 +27,7 @@ from qrealign.pack.source import open_packed
 from qrealign.pipeline.context import PROMPT_TOKENS
 from qrealign.pipeline.main import run
 from qrealign.pipeline.models import ModelPool, choose_device
-from qrealign.pipeline.options import RunOptions, merge_options, resolved
+from qrealign.pipeline.options import RunOptions, merge_options, resolved, used_options
 from qrealign.pipeline.reporting import versions
 from qrealign.records import StageRecord
 from qrealign.resources import ResourceMeter
@@ -135,8 +135,7 @@ def cell_options(plan: Plan, job: Job, device: str = "auto") -> RunOptions:
     """
     variant = plan.variant(job.variant)
     method, options = split_method(job.method)
-    return merge_options(
-        None,
+    values = used_options(
         {
             "model": plan.aligned,
             "adapter": str(variant.adapter),
@@ -152,8 +151,9 @@ def cell_options(plan: Plan, job: Job, device: str = "auto") -> RunOptions:
             **plan.calibration(variant.task, long=options.get("schedule") == "long"),
             **plan.overrides,
             **options,
-        },
+        }
     )
+    return merge_options(None, {**values, **options})
 
 
 def begin_answers(plan: Plan, job: Job, device: torch.device) -> None:

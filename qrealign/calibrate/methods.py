@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from qrealign.errors import ConfigError
+from qrealign.ranges import AMOUNT, COUNT, POSITIVE, SEED, SHARE, Range, check_ranges
 
 Engine = Literal["none", "blockwise", "endtoend"]
 MaliciousTarget = Literal["reconstruction", "probe", "aligned"]
@@ -20,6 +21,44 @@ EDITS = ("lowrank", "bias", "none")
 SCHEDULES = ("parity", "fast", "long")
 FAST_BATCH = 16
 FAST_PLATEAU = 0.01
+RANGES = {
+    "samples": COUNT,
+    "malicious_share": SHARE,
+    "sequence_length": Range(least=16),
+    "batch_size": COUNT,
+    "batch_malicious_share": SHARE,
+    "epochs": POSITIVE,
+    "plateau": SHARE,
+    "steps": COUNT,
+    "passes": AMOUNT,
+    "warmup_steps": AMOUNT,
+    "clip_learning_rate": AMOUNT,
+    "clip_start": AMOUNT,
+    "transform_learning_rate": AMOUNT,
+    "edit_learning_rate": AMOUNT,
+    "bias_learning_rate": AMOUNT,
+    "edit_rank": COUNT,
+    "edit_budget": POSITIVE,
+    "critical_share": Range(most=1, above=True),
+    "benign_weight": AMOUNT,
+    "contrast_alpha": AMOUNT,
+    "contrast_top": COUNT,
+    "push_limit": AMOUNT,
+    "preference_beta": AMOUNT,
+    "refusal_tokens": COUNT,
+    "benign_tokens": COUNT,
+    "recovery_share": SHARE,  # each sample can be one of them once
+    "recovery_least": COUNT,
+    "recovery_tokens": COUNT,
+    "decision_share": SHARE,
+    "task_share": AMOUNT,  # of `samples`, which prompts of other kinds may outnumber; so with the next two
+    "task_labels": SHARE,
+    "borderline_share": AMOUNT,
+    "borderline_weight": AMOUNT,
+    "text_share": AMOUNT,
+    "text_weight": AMOUNT,
+    "seed": SEED,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +130,14 @@ class CalibrationSettings:
     text_share: float = 0.0
     text_weight: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_ranges(vars(self), RANGES)
+        if self.recovery_least > self.recovery_tokens:
+            raise ConfigError(
+                f"recovery_least must be at most recovery_tokens, not {self.recovery_least} with "
+                f"{self.recovery_tokens}: change both"
+            )
 
     def fitted(self, samples: int) -> CalibrationSettings:
         """Return the settings for the number of samples that the data has."""
@@ -274,7 +321,7 @@ def method_settings(
         overrides: fields of the settings.
 
     Raises:
-        ConfigError: the method is unknown, or has no such engine, edit or schedule.
+        ConfigError: the method is unknown, has no such engine, edit or schedule, or a field is out of its range.
     """
     if schedule not in (None, *SCHEDULES):
         raise ConfigError(f"unknown schedule {schedule!r}: use {', '.join(SCHEDULES)}")

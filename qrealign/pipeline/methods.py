@@ -228,6 +228,7 @@ def _with_text(settings: SettingsT, given: Mapping[str, str], prefix: str) -> Se
             raise ConfigError(
                 f"--setting {prefix}{name} cannot be {text!r}: give a value like {known[name]!r}"
             ) from None
-        if not isinstance(values[name], str) and not values[name] >= 0:
-            raise ConfigError(f"--setting {prefix}{name} cannot be {text}: give 0 or more")
-    return replace(settings, **values)
+    try:
+        return replace(settings, **values)
+    except ConfigError as error:  # it begins with the field's name
+        raise ConfigError(f"--setting {prefix}{error}") from None

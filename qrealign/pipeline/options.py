@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from qrealign.calibrate.methods import CalibrationSettings
+from qrealign.calibrate.methods import RANGES, CalibrationSettings
 from qrealign.config import parse_scheme
 from qrealign.demo import DEMO_SETTINGS
 from qrealign.errors import ConfigError
 from qrealign.models.device import MEMORY_MODES, MemoryMode
 from qrealign.pipeline.methods import MethodSpec, method_spec
+from qrealign.ranges import COUNT, SHARE
 
 EvaluationSize = Literal["none", "quick", "full"]
 EVALUATION_SIZES = ("none", "quick", "full")
 DEMO_OUTPUT = "out/demo"
+_PLACES = ("model", "adapter", "aligned", "base", "output", "probe")
+# What each of these flags belongs to, and whether a method has it: elsewhere the flag would change nothing.
+_BELONGS: dict[str, tuple[str, Callable[[MethodSpec], bool]]] = {
+    "steps": ("the end-to-end engine", lambda spec: spec.settings.engine == "endtoend"),
+    "epochs": ("a quantization that learns", lambda spec: spec.settings.engine != "none"),
+    "batch_size": ("a quantization or a polish that learns", lambda spec: spec.data_settings.engine != "none"),
+    "edit_rank": ("the low-rank edit", lambda spec: "lowrank" in (spec.settings.edit, spec.data_settings.edit)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +83,9 @@ class RunOptions:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        for name in _PLACES:
+            if getattr(self, name) == "":
+                raise ConfigError(f"--{name} is empty: name a place, or leave it out")
         if self.model is None and (self.aligned or self.adapter):
             raise ConfigError(
                 "--aligned and --adapter need --model: name the fine-tuned model, "
@@ -83,6 +95,8 @@ class RunOptions:
             raise ConfigError("--output is missing: name the folder that will hold the packed model and the report")
         if self.fresh and self.resume:
             raise ConfigError("--fresh and --resume exclude each other: choose one")
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError("--steps and --epochs both say how long to learn: choose one")
         if self.eval not in EVALUATION_SIZES:
             raise ConfigError(f"--eval must be one of {', '.join(EVALUATION_SIZES)}, not {self.eval!r}")
         if self.memory not in MEMORY_MODES:
@@ -91,7 +105,9 @@ class RunOptions:
             raise ConfigError("--compare-with needs scores to compare: leave out --eval none")
         _check_ranges(self)
         parse_scheme(self.scheme)
-        missing = self.spec().missing(
+        spec = self.spec()
+        _check_use(self, spec)
+        missing = spec.missing(
             aligned=self.is_demo or self.aligned is not None,
             base=self.base is not None,
             probe=self.probe is not None,
@@ -107,7 +123,7 @@ class RunOptions:
     @property
     def directory(self) -> Path:
         """Folder of everything that the run writes."""
-        return Path(self.output or DEMO_OUTPUT)
+        return Path(DEMO_OUTPUT if self.output is None else self.output)
 
     def spec(self) -> MethodSpec:
         """Return the method's stages with this run's overrides."""
@@ -133,11 +149,7 @@ class RunOptions:
             seed=self.seed,
         )
         settings = spec.settings
-        if self.steps is not None and settings.engine != "endtoend":
-            raise ConfigError(
-                f"--steps belongs to the end-to-end engine, which {self.method!r} does not use here: leave it out"
-            )
-        if self.epochs is not None and self.steps is None and settings.engine == "endtoend":
+        if self.epochs is not None and settings.engine == "endtoend":
             steps = max(1, round(self.epochs * settings.samples / settings.batch_size))
             spec = replace(spec, settings=replace(settings, steps=steps, passes=0.0))
         return spec
@@ -147,29 +159,32 @@ class RunOptions:
         return self.spec().settings
 
 
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
+
+
 def _check_ranges(options: RunOptions) -> None:
-    """Refuse numbers that make no sense, naming the flag."""
-    positive = (
-        "batch_size",
-        "samples",
-        "sequence_length",
-        "epochs",
-        "steps",
-        "edit_rank",
-        "polish",
-        "max_new_tokens",
-        "eval_batch_size",
-    )
-    for name in positive:
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} must be positive, not {value}")
-    if options.malicious_share is not None and not 0 <= options.malicious_share <= 1:
-        raise ConfigError(f"--malicious-share must lie between 0 and 1, not {options.malicious_share}")
-    if options.interpolation is not None and not 0 <= options.interpolation <= 1:
-        raise ConfigError(f"--interpolation must lie between 0 and 1, not {options.interpolation}")
-    if options.sequence_length is not None and options.sequence_length < 16:
-        raise ConfigError(f"--sequence-length must be at least 16 tokens, not {options.sequence_length}")
+    """Refuse numbers that make no sense, naming the flag; a calibration setting's flag has its range."""
+    counts = dict.fromkeys(("polish", "max_new_tokens", "eval_batch_size"), COUNT)
+    for name, allowed in {**RANGES, **counts, "interpolation": SHARE}.items():
+        value = getattr(options, name, None)
+        if value is not None and value not in allowed:
+            raise ConfigError(f"{_flag(name)} must be {allowed}, not {value}")
+
+
+def _check_use(options: RunOptions, spec: MethodSpec) -> None:
+    """Refuse flags that would change nothing."""
+    for name, (owner, has_use) in _BELONGS.items():
+        if getattr(options, name) is not None and not has_use(spec):
+            raise ConfigError(
+                f"{_flag(name)} belongs to {owner}, which {options.method!r} does not use here: leave it out"
+            )
+
+
+def used_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options without the flags that their method has no use for: what many methods get alike."""
+    spec = merge_options(None, {name: value for name, value in values.items() if name not in _BELONGS}).spec()
+    return {name: value for name, value in values.items() if name not in _BELONGS or _BELONGS[name][1](spec)}
 
 
 def merge_options(config_file: str | None, flags: Mapping[str, Any]) -> RunOptions:

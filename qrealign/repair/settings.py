@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from qrealign.errors import ConfigError
+from qrealign.ranges import AMOUNT, COUNT, POSITIVE, SHARE, Range, check_ranges
 
 Answer = Literal["fixed", "aligned"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepairSettings:
-    """What every repair declares.
+    """What every repair declares; `ranges` says which numbers its fields may be.
 
     `name` is its name on the command line. `needs_base`, `needs_aligned`, `needs_data` and `needs_gradients` say which
     models it reads beside the fine-tuned one, whether it reads safety prompts, and whether it runs a backward pass.
@@ -20,10 +22,14 @@ class RepairSettings:
 
     name: ClassVar[str]
     source: ClassVar[str]
+    ranges: ClassVar[Mapping[str, Range]] = {}
     needs_base: ClassVar[bool] = False
     needs_aligned: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_ranges(vars(self), self.ranges)
 
     @property
     def uses_aligned(self) -> bool:
@@ -41,6 +47,7 @@ class Interpolation(RepairSettings):
 
     name: ClassVar[str] = "interpolate"
     source: ClassVar[str] = "post-hoc form of weight averaging, arXiv 2508.12531"
+    ranges: ClassVar[Mapping[str, Range]] = {"coefficient": SHARE}
     coefficient: float = 0.25
 
 
@@ -52,6 +59,7 @@ class SafeLora(RepairSettings):
     name: ClassVar[str] = "safelora"
     source: ClassVar[str] = "arXiv 2405.16833"
     needs_base: ClassVar[bool] = True
+    ranges: ClassVar[Mapping[str, Range]] = {"threshold": SHARE, "lowest": AMOUNT}
     threshold: float = 0.5
     lowest: int = 0
 
@@ -73,11 +81,19 @@ class SafeDelta(RepairSettings):
     columns: int = 1024
     samples: int = 128
     answer_tokens: int = 48
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "budget": AMOUNT,
+        "skipped": SHARE,
+        "damping": POSITIVE,
+        "columns": COUNT,
+        "samples": COUNT,
+        "answer_tokens": COUNT,
+    }
 
     def __post_init__(self) -> None:
-        _check_counts(self, "columns", "samples", "answer_tokens")
-        if self.skipped >= 1:
-            raise ConfigError(f"--setting repair.skipped must lie below 1, not {self.skipped:g}")
+        super().__post_init__()
+        if self.skipped == 1:
+            raise ConfigError("skipped must lie below 1, or no entry is ever accepted")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,22 +114,22 @@ class OneShot(RepairSettings):
     rank: int = 16
     answer: Answer = "fixed"
     answer_tokens: int = 24
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "refusals": COUNT,
+        "steps": COUNT,
+        "learning_rate": POSITIVE,
+        "rank": COUNT,
+        "answer_tokens": COUNT,
+    }
 
     def __post_init__(self) -> None:
-        _check_counts(self, "refusals", "steps", "rank", "answer_tokens")
+        super().__post_init__()
         if self.answer not in get_args(Answer):
-            raise ConfigError(f"--setting repair.answer must be fixed or aligned, not {self.answer!r}")
+            raise ConfigError(f"answer must be fixed or aligned, not {self.answer!r}")
 
     @property
     def uses_aligned(self) -> bool:
         return self.answer == "aligned"
-
-
-def _check_counts(settings: RepairSettings, *names: str) -> None:
-    """Refuse counts of 0, naming the field."""
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise ConfigError(f"--setting repair.{name} must be at least 1, not {getattr(settings, name)}")
 
 
 REPAIRS: dict[str, type[RepairSettings]] = {kind.name: kind for kind in (Interpolation, OneShot, SafeLora, SafeDelta)}

@@ -130,7 +130,7 @@ def test_a_cell_that_fails_says_why_and_stops_no_other(tmp_path, capsys):
         (["--methods", "no-such"], "unknown method 'no-such'"),
         (["--option", "steps"], "NAME=VALUE"),
         (["--option", "speed=3"], "'speed' is no option"),
-        (["--methods", "rtn:samples=-1"], "--samples must be positive"),
+        (["--methods", "rtn:samples=-1"], "--samples must be at least 1"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--variants", "sst2"], "unknown variant 'sst2'"),
         (["--devices", "cuda:99"], "cuda:99"),

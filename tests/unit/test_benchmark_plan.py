@@ -52,6 +52,19 @@ def test_a_method_with_options_is_a_row_of_its_own(folder):
     assert identity(plan, first) != identity(plan, second)
 
 
+def test_an_option_for_every_cell_reaches_those_that_have_a_use_for_it(folder):
+    plan = plan_of(folder, "--methods", "paper", "realign", "--schemes", "w8a8", "--seeds", "0")
+    plan = replace(plan, overrides={"samples": 16, "steps": 5})
+    cells = [cell_options(plan, job) for job in plan.measurements() if job.kind == "cell"]
+    assert [(cell.method, cell.samples, cell.steps) for cell in cells] == [
+        ("rtn", 16, None),
+        ("paper", 16, None),
+        ("realign", 16, 5),
+    ]
+    with pytest.raises(ConfigError, match="--steps belongs to"):
+        plan_of(folder, "--methods", "rtn:steps=5")
+
+
 def test_a_long_schedule_gets_all_malicious_prompts_that_are_not_kept_back(folder):
     def safety_data(*flags):
         plan = plan_of(folder, "--methods", "realign", "realign:schedule=long", "--seeds", "0", *flags)

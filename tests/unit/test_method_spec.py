@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from itertools import product
+
 import pytest
 
+from qrealign.calibrate.methods import _TABLE, RANGES, SCHEDULES, CalibrationSettings, method_settings
+from qrealign.demo import DEMO_SETTINGS
 from qrealign.errors import ConfigError
-from qrealign.pipeline.methods import METHODS, method_spec
+from qrealign.pipeline.methods import METHODS, NAMES, method_spec
 from qrealign.repair.settings import REPAIRS, Interpolation, OneShot
 
 
@@ -90,8 +95,12 @@ def test_settings_are_given_as_text():
         ({"method": "rtn", "setting": ["magic=1"]}, "magic is unknown"),
         ({"method": "rtn", "setting": ["engine=blockwise"]}, "engine is unknown"),
         ({"method": "rtn", "setting": ["steps=many"]}, "cannot be 'many'"),
-        ({"method": "rtn", "setting": ["benign_weight=-1"]}, "0 or more"),
-        ({"method": "rtn", "setting": ["benign_weight=nan"]}, "0 or more"),
+        ({"method": "rtn", "setting": ["benign_weight=-1"]}, "--setting benign_weight must be at least 0"),
+        ({"method": "rtn", "setting": ["benign_weight=nan"]}, "--setting benign_weight must be at least 0"),
+        ({"method": "realign", "setting": ["recovery_least=8"]}, "recovery_least must be at most recovery_tokens"),
+        ({"method": "rtn", "polish": 3, "setting": ["polish.edit_rank=0"]}, "polish.edit_rank must be at least 1"),
+        ({"method": "interpolate", "setting": ["repair.coefficient=7"]}, "repair.coefficient must be at least 0 and"),
+        ({"method": "safe-delta", "setting": ["repair.damping=0"]}, "repair.damping must be above 0"),
         ({"method": "rtn", "setting": ["repair.steps=1"]}, "no such stage"),
         ({"method": "rtn", "setting": ["polish.steps=1"]}, "no such stage"),
         ({"method": "one-shot", "setting": ["repair.refusals=0"]}, "repair.refusals must be at least 1"),
@@ -135,3 +144,26 @@ def test_the_long_schedule_takes_as_many_steps_as_the_data_has_prompts_for():
     for name, engine in (("qresafe", None), ("realign", "blockwise")):
         with pytest.raises(ConfigError, match="--schedule long is for method 'realign'"):
             method_spec(name, engine=engine, schedule="long")
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_no_setting_of_a_method_is_infinite_or_negative(name):
+    for value in ("inf", "-1"):
+        with pytest.raises(ConfigError, match=f"--setting {name} (must|cannot) be"):
+            method_spec("realign", setting=[f"{name}={value}"])
+
+
+def test_every_setting_has_a_range_and_every_shipped_value_lies_in_it():
+    """Settings check themselves as they are made, so that making them is the test."""
+    assert set(RANGES) == {field.name for field in fields(CalibrationSettings)} - set(NAMES)
+    for kind in REPAIRS.values():
+        assert set(kind.ranges) == {field.name for field in fields(kind)} - {"answer"}
+    assert method_spec("realign", setting=DEMO_SETTINGS) and all(method_spec(name) for name in METHODS)
+    made = 0
+    for bits, schedule, (method, engine, edit) in product((8, 4), SCHEDULES, _TABLE):
+        try:
+            method_settings(method, engine=engine, edit=edit, schedule=schedule, weight_bits=bits, activation_bits=bits)
+            made += 1
+        except ConfigError as error:
+            assert f"--schedule {schedule}" in str(error)  # not every method has every schedule
+    assert made == 2 * (len(_TABLE) + 4 + 3)

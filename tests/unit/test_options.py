@@ -6,7 +6,7 @@ import pytest
 
 from qrealign.cli import parse_options
 from qrealign.errors import ConfigError, SchemeError
-from qrealign.pipeline.options import RunOptions, resolved
+from qrealign.pipeline.options import RunOptions, resolved, used_options
 
 MODEL = ["--model", "m", "--aligned", "a", "--output", "o"]
 
@@ -67,9 +67,21 @@ def test_bad_configuration_files(tmp_path, content, message):
         ([*MODEL, "--method", "paper", "--engine", "endtoend"], "'paper' has no --engine endtoend: it"),
         ([*MODEL, "--method", "rtn", "--edit", "lowrank"], "'rtn' has no --edit lowrank: it offers --engine none"),
         ([*MODEL, "--engine", "blockwise", "--steps", "5"], "--steps belongs to the end-to-end engine"),
+        ([*MODEL, "--method", "interpolate", "--polish", "5", "--epochs", "7"], "--epochs belongs to a quantization"),
+        ([*MODEL, "--method", "rtn", "--batch-size", "3"], "--batch-size belongs to a quantization or a polish"),
+        ([*MODEL, "--edit", "none", "--edit-rank", "7"], "--edit-rank belongs to the low-rank edit"),
+        ([*MODEL, "--method", "paper", "--edit-rank", "7"], "--edit-rank belongs to the low-rank edit"),
+        ([*MODEL, "--steps", "5", "--epochs", "3"], "--steps and --epochs both"),
+        ([*MODEL[:-1], ""], "--output is empty"),
+        ([*MODEL, "--adapter", ""], "--adapter is empty"),
         ([*MODEL, "--fresh", "--resume"], "exclude each other"),
-        ([*MODEL, "--samples", "0"], "--samples must be positive"),
-        ([*MODEL, "--malicious-share", "1.5"], "between 0 and 1"),
+        ([*MODEL, "--samples", "0"], "--samples must be at least 1 "),
+        ([*MODEL, "--epochs", "nan"], "--epochs must be above 0"),
+        ([*MODEL, "--epochs", "inf"], "--epochs must be above 0"),
+        ([*MODEL, "--epochs", "1e8"], "steps must be at least 1 and at most 1,000,000,000"),
+        ([*MODEL, "--seed", "99999999999999999"], "--seed must be at least 0 and at most 4,294,967,295"),
+        ([*MODEL, "--seed", "-1"], "--seed must be at least 0"),
+        ([*MODEL, "--malicious-share", "1.5"], "--malicious-share must be at least 0 and at most 1,"),
         ([*MODEL, "--sequence-length", "4"], "at least 16"),
     ],
 )
@@ -96,3 +108,17 @@ def test_overrides_reach_the_calibration():
     clipping = parse_options([*MODEL, "--edit", "none"]).calibration()
     assert clipping.edit_learning_rate == 0 and clipping.clip_learning_rate > 0
     assert resolved(RunOptions())["calibration"]["method"] == "realign"
+
+
+def test_a_polish_takes_its_batch_size_and_rank_from_the_flags():
+    flags = ["--method", "rtn", "--polish", "5", "--batch-size", "4", "--edit-rank", "3"]
+    polish = parse_options([*MODEL, *flags]).spec().polish
+    assert (polish.steps, polish.batch_size, polish.edit_rank) == (5, 4, 3)
+    blockwise = ["--engine", "blockwise", "--epochs", "0.5", "--edit-rank", "3", "--polish", "5"]
+    assert parse_options([*MODEL, *blockwise]).spec().settings.epochs == 0.5
+
+
+def test_options_for_many_methods_are_kept_where_they_mean_something():
+    alike = {"samples": 9, "steps": 5, "batch_size": 4}
+    assert used_options({"method": "realign", **alike}) == {"method": "realign", **alike}
+    assert used_options({"method": "rtn", **alike}) == {"method": "rtn", "samples": 9}

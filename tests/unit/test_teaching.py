@@ -9,7 +9,7 @@ from qrealign.data.prompts import Prompt
 from qrealign.pipeline.teaching import _windows
 from tests.helpers import tiny_tokenizer
 
-LENGTH = 8
+LENGTH = 16
 
 
 def windows(text, harmless, count):
@@ -27,11 +27,11 @@ def windows(text, harmless, count):
 
 
 def test_half_of_the_text_is_harmless_prompts_and_none_of_it_malicious():
-    found = windows(["a" * 100], ["b" * 100], 6)
+    found = windows(["a" * 200], ["b" * 200], 6)
     assert [window[0] for window in found] == ["a", "b"] * 3
     assert not any("z" in window for window in found)
 
 
 def test_one_kind_fills_up_for_the_other():
-    assert {window[0] for window in windows([], ["b" * 100], 6)} == {"b"}
-    assert len(windows(["a" * 20], ["b" * 100], 10)) == 10
+    assert {window[0] for window in windows([], ["b" * 200], 6)} == {"b"}
+    assert len(windows(["a" * 40], ["b" * 200], 10)) == 10
