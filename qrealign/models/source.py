@@ -246,7 +246,9 @@ class ModelSource:
         return changed
 
     def read_tensor(self, name: str) -> Tensor:
-        """Return one CPU tensor by its full name, in its stored dtype."""
+        """Return one CPU tensor by its full name, in its stored dtype; a tied one is read under either name."""
+        if name not in self.stored_names:
+            name = self.tied.get(name) or next(target for target, source in self.tied.items() if source == name)
         return self._read([name], "", None)[name]
 
     @functools.cached_property
