@@ -42,6 +42,15 @@ _BENIGN_LABELS = frozenset({"0", "0.0", "false", "benign", "safe", "harmless"})
 # A refused prompt is a harmful one: in prompt-answer pairs the label describes the answer.
 _MALICIOUS_LABELS = frozenset({"1", "1.0", "true", "malicious", "harmful", "unsafe", "refusal", "toxic"})
 _MIN_CONTAINED_WORDS = 5
+_WORD = re.compile(r"[^\W_]+")
+_SYMBOL = re.compile(
+    r"(?=[\W_])(?:"
+    r"(?:(?<=[\d)])|(?<=\b[^\W_]))\s*(?P<operator>[-+*/%^=<>]+)\s*(?=-?[\d(]|[^\W_]\b)"
+    r"|(?<![\w)])(?P<sign>-)(?=\d)"
+    r"|(?<=[^\W_])(?P<ending>[+#%]+)(?!\w)"
+    r"|[^\w\s]|_)"
+)
+_MEANINGFUL = ("Mn", "Mc", "Sm")  # Unicode categories: the marks of letters, mathematical symbols
 
 
 class Label(IntEnum):
@@ -263,11 +272,30 @@ def _turn(messages: list[Any], roles: tuple[str, ...]) -> str | None:
 
 
 def normalise(text: str) -> str:
-    """Return the words alone, lower case, one space between: what two prompts are compared by.
+    """Return what two prompts are compared by: lower-case words, one space between, and symbols that carry meaning.
 
-    A text without any word is returned as it is, so that unlike symbols stay unlike.
+    Those are operators between numbers or single letters ("12 - 7"), the sign of a number, what ends a word ("C++",
+    "C#", "50%"), vowel signs and the mathematical symbols beyond ASCII. Other symbols, as those of Markdown, are
+    typography. A text without any word is returned as it is, so that unlike symbols stay unlike.
     """
-    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
+    if not _WORD.search(text):
+        return text.strip()
+    plain = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
+    return " ".join(_SYMBOL.sub(_meaning, plain).split())
+
+
+def _meaning(symbol: re.Match[str]) -> str:
+    """Return what stays of a symbol in the key of a prompt."""
+    if symbol.lastgroup:
+        return symbol[symbol.lastgroup]
+    mark = symbol[0]
+    styles_emoji = "\ufe00" <= mark <= "\ufe0f"
+    return mark if mark > "\x7f" and unicodedata.category(mark) in _MEANINGFUL and not styles_emoji else " "
+
+
+def _words_alone(text: str) -> str:
+    """Return the letters and digits of `normalise`; every sample was drawn by this key, so it must not change."""
+    words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
     return " ".join(words) if words else text.strip()
 
 
@@ -281,7 +309,7 @@ def deduplicate(prompts: Iterable[Prompt]) -> list[Prompt]:
 
 def _rank(prompt: Prompt | str, seed: int) -> bytes:
     """Return a pseudo-random key that depends on the words and the seed only."""
-    return hashlib.sha256(f"{seed}\0{normalise(_plain(prompt))}".encode()).digest()
+    return hashlib.sha256(f"{seed}\0{_words_alone(_plain(prompt))}".encode()).digest()
 
 
 def split_by_hash(prompts: Sequence[PromptT], share: float, seed: int) -> tuple[list[PromptT], list[PromptT]]:

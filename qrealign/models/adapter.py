@@ -233,7 +233,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"adapter {folder} {what}, which cannot be merged tensor by tensor: merge it with peft and give the "
             "merged model"
         )
+    _check_alphas(config, file)
     return config
+
+
+def _check_alphas(config: dict[str, Any], file: Path) -> None:
+    """Refuse factors that are no numbers, of all modules or of some."""
+    pattern = config.get("alpha_pattern") or {}
+    alphas = [config["lora_alpha"], *(pattern.values() if isinstance(pattern, dict) else [pattern])]
+    for alpha in alphas:
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise ModelError(
+                f"{file} has {alpha!r} for a number in lora_alpha or alpha_pattern: copy the adapter again"
+            )
 
 
 def _find_name(name: str, shapes: Mapping[str, Any], renames: Iterable[tuple[str, str]]) -> str | None:

@@ -192,10 +192,12 @@ def find_weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX_NAME
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            raise CheckpointFormatError(f"{index} is corrupted: download or copy it again") from None
-        return [folder / name for name in names]
+            names = set()
+        if not names or not all(name and isinstance(name, str) for name in names):
+            raise CheckpointFormatError(f"{index} is corrupted: download or copy it again")
+        return [folder / name for name in sorted(names)]
     if (folder / SINGLE_NAME).is_file():
         return [folder / SINGLE_NAME]
     files = [

@@ -23,7 +23,7 @@ from qrealign.models.placement import assign_tensor, assign_tensors, move_buffer
 from qrealign.models.transfer import READERS, BlockLayout, read_blocks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Head = Literal["language", "classification"]
 
@@ -80,6 +80,7 @@ class ModelSource:
         self.changes: tuple[WeightChange, ...] = () if adapter is None else (adapter,)
         self.total_bytes = files.total_bytes
         self.storage_dtype = _main_dtype(files)
+        self._generation = _read_generation_config(path)
         model = _build_empty(config, self.storage_dtype, head)
         self.spec: BlockSpec = block_spec(config, model)
         self._split_experts(model)
@@ -102,12 +103,10 @@ class ModelSource:
         It is in eval mode, needs no gradients, and holds experts as separate linears. `dtype` defaults to the stored
         one.
         """
-        from transformers import GenerationConfig
-
         model = _build_empty(self.config, dtype or self.storage_dtype, self.head)
         self._split_experts(model)
-        if (self.path / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(self.path)
+        if self._generation is not None:
+            model.generation_config = copy.deepcopy(self._generation)
         return model
 
     def block_state(self, index: int, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -246,7 +245,9 @@ class ModelSource:
         return changed
 
     def read_tensor(self, name: str) -> Tensor:
-        """Return one CPU tensor by its full name, in its stored dtype."""
+        """Return one CPU tensor by its full name, in its stored dtype; a tied one is read under either name."""
+        if name not in self.stored_names:
+            name = self.tied.get(name) or next(target for target, source in self.tied.items() if source == name)
         return self._read([name], "", None)[name]
 
     @functools.cached_property
@@ -392,14 +393,39 @@ def check_same_shape(model: ModelSource, other: ModelSource) -> None:
 
 
 def _build_empty(config: Any, dtype: torch.dtype, head: Head) -> PreTrainedModel:
-    """Return the Hugging Face model of a configuration, parameters on the meta device, in eval mode."""
+    """Return the Hugging Face model of a configuration, parameters on the meta device, in eval mode.
+
+    Raises:
+        ModelError: transformers cannot build it, as with an activation that it does not know.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind = AutoModelForCausalLM if head == "language" else AutoModelForSequenceClassification
     # from_config writes its dtype into the configuration it is given.
-    with init_empty_weights(include_buffers=False):
-        return kind.from_config(copy.deepcopy(config), dtype=dtype).eval()
+    try:
+        with init_empty_weights(include_buffers=False):
+            return kind.from_config(copy.deepcopy(config), dtype=dtype).eval()
+    except Exception as error:  # each architecture fails in its own way on values that it cannot take
+        raise ModelError(
+            f"{config.name_or_path}/config.json has a value from which transformers builds no model "
+            f"({type(error).__name__}: {_first_line(error)}): copy the original model's config.json again"
+        ) from error
+
+
+def _read_generation_config(folder: Path) -> GenerationConfig | None:
+    """Return the generation settings of a model folder, None where it has none."""
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds on values of the wrong type
+        raise ModelError(
+            f"{file} cannot be read ({type(error).__name__}: {_first_line(error)}): copy it again, or delete it"
+        ) from error
 
 
 def _rename_as_transformers(stored: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
@@ -425,7 +451,7 @@ def _main_dtype(files: WeightFiles) -> torch.dtype:
         if tensor.dtype in FLOAT_DTYPES or not packed:
             sizes[tensor.dtype] += tensor.num_bytes
     most = max(sizes, key=lambda name: sizes[name], default="none")
-    if most not in FLOAT_DTYPES:
+    if most not in FLOAT_DTYPES or most == "F64":  # no kernel computes in float64
         raise ModelError(
             f"{files.files[0].parent} stores its weights as {most}: give the model in bfloat16, float16 or float32"
         )

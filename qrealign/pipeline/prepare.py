@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 
 from qrealign.calibrate.methods import FEWEST_SAMPLES, CalibrationSettings
 from qrealign.data.prompts import (
-    Label,
     Prompt,
     Role,
     deduplicate,
@@ -104,8 +103,10 @@ def prepare_data(options: RunOptions, settings: CalibrationSettings) -> Prepared
     """
     shipped, notes = demo_paths(), list[str]()
     seed = options.seed
-    safety, held_safety = _pool(options.safety_data, str(shipped.safety), "malicious", bool(options.eval_harmful), seed)
-    benign, held_benign = _pool(options.benign_data, str(shipped.benign), "benign", bool(options.eval_benign), seed)
+    evaluates = options.eval != "none"
+    hold_harmful, hold_benign = evaluates and not options.eval_harmful, evaluates and not options.eval_benign
+    safety, held_safety = _pool(options.safety_data, str(shipped.safety), "malicious", hold_harmful, seed)
+    benign, held_benign = _pool(options.benign_data, str(shipped.benign), "benign", hold_benign, seed)
     borderline = _read(options.borderline_data or (str(shipped.borderline),), "benign")
     task, test = _task_pools(options, str(shipped.task), str(shipped.eval_task))
     samples = settings.samples if options.samples else _fitting_samples(settings, len(safety), len(benign))
@@ -120,19 +121,7 @@ def prepare_data(options: RunOptions, settings: CalibrationSettings) -> Prepared
     if settings.text_share:
         calibration.text = _read(options.text_data, "text")
     probe_malicious, probe_benign = (sample(pool, min(len(pool), PROBE_PROMPTS), seed) for pool in (safety, benign))
-    evaluation = EvaluationData(
-        harmful=_evaluation(
-            options.eval_harmful, held_safety, str(shipped.eval_harmful), "malicious", "harmful", notes
-        ),
-        benign=_evaluation(options.eval_benign, held_benign, str(shipped.eval_benign), "benign", "ordinary", notes),
-        over_refusal=_evaluation(
-            options.eval_over_refusal, [], str(shipped.eval_over_refusal), "over_refusal", "borderline", notes
-        ),
-        task=_read(options.eval_task, "task") if options.eval_task else test,
-        texts=[prompt.text for prompt in _read(options.eval_text or (str(shipped.text),), "text")],
-    )
-    if options.eval == "quick":
-        evaluation = _quick(evaluation, seed)
+    evaluation = _evaluation_data(options, held_safety, held_benign, test, notes)
     _refuse_shared_text(calibration.text, evaluation.texts)
     training = [*calibration.malicious, *calibration.harmless(), *probe_malicious, *probe_benign]
     evaluation = _keep_apart(training, evaluation, options)
@@ -152,11 +141,11 @@ def _read(specs: Sequence[str], role: Role) -> list[Prompt]:
 
 
 def _pool(
-    specs: tuple[str, ...], shipped: str, role: Role, evaluation_given: bool, seed: int
+    specs: tuple[str, ...], shipped: str, role: Role, holds_out: bool, seed: int
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Return what calibration may use, and what is held out of the user's own data for the evaluation."""
     pool = _read(specs or (shipped,), role)
-    if not specs or evaluation_given:
+    if not specs or not holds_out:
         return pool, []
     held, kept = split_by_hash(pool, HELD_OUT_SHARE, seed)
     return kept, held
@@ -173,6 +162,8 @@ def _task_pools(options: RunOptions, shipped: str, shipped_test: str) -> tuple[l
     final = [prompt for prompt in test if prompt.split == "test"] or test
     if final:
         return [prompt for prompt in prompts if prompt.split in (None, "train")], final
+    if options.eval == "none":
+        return prompts, []
     half, other = split_by_hash(prompts, 0.5, options.seed)
     return half, other
 
@@ -193,12 +184,32 @@ def _draw(pool: list[Prompt], count: int, seed: int, flag: str, settings: Calibr
     return sample(pool, count, seed)
 
 
-def _evaluation(
-    specs: tuple[str, ...], held_out: list[Prompt], shipped: str, role: Role, word: str, notes: list[str]
-) -> list[Prompt]:
-    """Return evaluation prompts: the user's, else those held out of their calibration data, else the shipped ones."""
-    if specs:
-        return _read(specs, role)
+def _evaluation_data(
+    options: RunOptions, held_harmful: list[Prompt], held_benign: list[Prompt], test: list[Prompt], notes: list[str]
+) -> EvaluationData:
+    """Return what is asked; without an evaluation what was named for one, which the training must not hold either."""
+    data = EvaluationData(
+        harmful=_read(options.eval_harmful, "malicious"),
+        benign=_read(options.eval_benign, "benign"),
+        over_refusal=_read(options.eval_over_refusal, "over_refusal"),
+        task=_read(options.eval_task, "task"),
+        texts=[prompt.text for prompt in _read(options.eval_text, "text")],
+    )
+    if options.eval == "none":
+        return data
+    shipped = demo_paths()
+    data.harmful = data.harmful or _stand_in(held_harmful, str(shipped.eval_harmful), "malicious", "harmful", notes)
+    data.benign = data.benign or _stand_in(held_benign, str(shipped.eval_benign), "benign", "ordinary", notes)
+    data.over_refusal = data.over_refusal or _stand_in(
+        [], str(shipped.eval_over_refusal), "over_refusal", "borderline", notes
+    )
+    data.task = data.task or test
+    data.texts = data.texts or [prompt.text for prompt in _read((str(shipped.text),), "text")]
+    return _quick(data, options.seed) if options.eval == "quick" else data
+
+
+def _stand_in(held_out: list[Prompt], shipped: str, role: Role, word: str, notes: list[str]) -> list[Prompt]:
+    """Return evaluation prompts where none were given: those held out of the calibration data, else the shipped."""
     if held_out:
         notes.append(f"{word} evaluation prompts were held out of the calibration data, so they are of the same kind")
         return held_out
@@ -259,7 +270,7 @@ def _keep_apart(training: list[Prompt], evaluation: EvaluationData, options: Run
             )
         shared = {normalise(overlap.evaluation) for overlap in overlaps}
         kept[name] = [prompt for prompt in prompts if normalise(prompt.text) not in shared]
-    if not kept["harmful"] or any(prompt.label == Label.BENIGN for prompt in kept["harmful"]):
+    if not kept["harmful"] and options.eval != "none":
         raise DataError(
             "no harmful prompt is left for the evaluation: give some with --eval-harmful, or use --eval none"
         )

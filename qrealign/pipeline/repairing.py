@@ -11,6 +11,7 @@ from qrealign.calibrate.endtoend import EndToEndCalibrator
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.calibrate.objectives import AnswerObjective, AnswerSample
 from qrealign.data.generate import generate_ids
+from qrealign.errors import DataError
 from qrealign.files import remove
 from qrealign.models.source import WeightChange
 from qrealign.pipeline.context import RunContext
@@ -61,7 +62,7 @@ def _safe_delta(context: RunContext, repair: RepairSettings) -> WeightChange:
     aligned, folder = context.aligned, _folder(context)
     if not context.workspace.done("repair"):
         encoder = context.encoder
-        ids = encoder.encode_many([prompt.text for prompt in context.data.calibration.malicious[: repair.samples]])
+        ids = encoder.encode_many(_safety_prompts(context, repair.samples))
         answers = generate_ids(
             context.pool.full_precision("aligned", aligned),
             encoder,
@@ -116,10 +117,21 @@ def _one_shot(context: RunContext, repair: RepairSettings) -> WeightChange:
     return StoredChange(folder, context.finetuned.num_blocks)
 
 
+def _safety_prompts(context: RunContext, count: int) -> list[str]:
+    """Return up to `count` malicious prompts of the data, whether the method behind the repair calibrates on any.
+
+    The probe's are drawn from the same pool in the same order, so the longer draw begins with the shorter.
+    """
+    malicious = max(context.data.calibration.malicious, context.data.probe_malicious, key=len)
+    if not malicious:
+        raise DataError("the repair needs malicious prompts and --safety-data has no usable one: give more prompts")
+    return [prompt.text for prompt in malicious[:count]]
+
+
 def _refusal_samples(context: RunContext, repair: OneShot) -> list[AnswerSample]:
     """Return the first malicious prompts with a refusal each, its end included."""
     encoder = context.calibration_encoder
-    prompts = encoder.encode_many([prompt.text for prompt in context.data.calibration.malicious[: repair.refusals]])
+    prompts = encoder.encode_many(_safety_prompts(context, repair.refusals))
     if repair.answer == "aligned":
         assert context.aligned is not None
         answers = generate_ids(

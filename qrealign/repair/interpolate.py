@@ -29,8 +29,8 @@ class InterpolationChange:
         self.aligned, self.coefficient = aligned, coefficient
 
     def merge(self, name: str, tensor: Tensor) -> Tensor:
-        """Return the interpolated tensor; one that the aligned model does not store stays."""
-        if not tensor.is_floating_point() or name not in self.aligned.stored_names:
+        """Return the interpolated tensor; one that is no floating point stays."""
+        if not tensor.is_floating_point():
             return tensor
         return interpolate(self.aligned.read_tensor(name).to(tensor.device), tensor, self.coefficient)
 

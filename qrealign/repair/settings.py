@@ -16,8 +16,8 @@ Answer = Literal["fixed", "aligned"]
 class RepairSettings:
     """What every repair declares; `ranges` says which numbers its fields may be.
 
-    `name` is its name on the command line. `needs_base`, `needs_aligned`, `needs_data` and `needs_gradients` say which
-    models it reads beside the fine-tuned one, whether it reads safety prompts, and whether it runs a backward pass.
+    `name` is its name on the command line. `needs_base` and `needs_aligned` say which models it reads beside the
+    fine-tuned one.
     """
 
     name: ClassVar[str]
@@ -25,8 +25,6 @@ class RepairSettings:
     ranges: ClassVar[Mapping[str, Range]] = {}
     needs_base: ClassVar[bool] = False
     needs_aligned: ClassVar[bool] = True
-    needs_data: ClassVar[bool] = False
-    needs_gradients: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_ranges(vars(self), self.ranges)
@@ -74,7 +72,6 @@ class SafeDelta(RepairSettings):
 
     name: ClassVar[str] = "safe-delta"
     source: ClassVar[str] = "arXiv 2505.12038"
-    needs_data: ClassVar[bool] = True
     budget: float = 0.11
     skipped: float = 0.15
     damping: float = 0.01
@@ -106,8 +103,6 @@ class OneShot(RepairSettings):
     name: ClassVar[str] = "one-shot"
     source: ClassVar[str] = "arXiv 2601.01887"
     needs_aligned: ClassVar[bool] = False
-    needs_data: ClassVar[bool] = True
-    needs_gradients: ClassVar[bool] = True
     refusals: int = 10
     steps: int = 10
     learning_rate: float = 7e-4

@@ -114,6 +114,7 @@ def expect_learned(output, folders, arguments):
 REPAIRED = [
     ["--method", "safelora", "--polish", "2"],
     ["--method", "realign", "--repair", "interpolate", "--steps", "2"],
+    ["--method", "aaq", "--repair", "one-shot", "--steps", "2"],  # calibrates on no malicious prompt
 ]
 
 

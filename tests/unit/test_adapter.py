@@ -158,6 +158,10 @@ def test_changing_one_side_of_a_tie_is_refused(tmp_path):
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
+        ({"lora_alpha": None}, "adapter_config.json has None for a number in lora_alpha"),
+        ({"lora_alpha": "8"}, "has '8' for a number"),
+        ({"alpha_pattern": {"q_proj": "4"}}, "has '4' for a number"),
+        ({"alpha_pattern": ["q_proj"]}, "for a number in lora_alpha or alpha_pattern"),
     ],
 )
 def test_kinds_that_cannot_be_merged(saved, adapter, changes, match):

@@ -67,6 +67,32 @@ def test_evaluation_prompts_are_held_out_of_the_users_data(tmp_path):
     assert any("held out" in note for note in data.notes) and any("shipped" in note for note in data.notes)
 
 
+def test_without_an_evaluation_nothing_is_held_out(tmp_path):
+    files = {
+        "safety_data": (write(tmp_path / "harmful.jsonl", rows(60, "break")),),
+        "benign_data": (write(tmp_path / "benign.jsonl", rows(60, "paint")),),
+        "task_data": (write(tmp_path / "task.jsonl", rows(40, "sort", answer="yes")),),
+    }
+    data = prepare(**files, samples=120, malicious_share=0.5, eval="none")
+    assert (len(data.calibration.malicious), len(data.calibration.benign)) == (60, 60)
+    assert len(data.probe_malicious) == len(data.probe_benign) == 60
+    evaluation = vars(data.evaluation).values()
+    assert not any(evaluation) and not data.notes
+    one = (write(tmp_path / "one.jsonl", rows(1, "break")),)
+    data = prepare(**files | {"safety_data": one}, samples=2, malicious_share=0.5, eval="none")
+    assert len(data.calibration.malicious) == 1
+
+
+def test_without_an_evaluation_test_rows_and_named_prompts_stay_out_of_the_training(tmp_path):
+    parts = [rows(30, "train", answer="positive", split="train"), rows(20, "test", answer="negative", split="test")]
+    task = (write(tmp_path / "task.jsonl", *parts),)
+    data = prepare(task_data=task, samples=200, eval="none")
+    assert {p.text.split()[0] for p in data.calibration.task} == {"train"}
+    file = (write(tmp_path / "harmful.jsonl", rows(60, "break")),)
+    with pytest.raises(DataError, match="--eval-harmful"):  # they were named to be asked later: benchmarks rely on it
+        prepare(safety_data=file, eval_harmful=file, samples=40, eval="none")
+
+
 def test_overlap_with_given_evaluation_prompts_is_refused(tmp_path):
     file = write(tmp_path / "harmful.jsonl", rows(60, "break"))
     with pytest.raises(DataError, match="--eval-harmful"):

@@ -16,6 +16,7 @@ import pytest
 from qrealign.data.prompts import (
     Label,
     Prompt,
+    _rank,
     deduplicate,
     find_overlap,
     normalise,
@@ -273,6 +274,42 @@ def test_prompts_are_compared_by_words() -> None:
     assert normalise("???") != normalise("!!!")
     prompts = [Prompt(text="A b"), Prompt(text="c"), Prompt(text="a  B!")]
     assert deduplicate(prompts) == prompts[:2]
+
+
+@pytest.mark.parametrize(
+    "different",
+    [
+        [f"What is 12 {sign} 7?" for sign in "+-*/%<>\u00d7\u00f7"],
+        ["Add -5 and 3", "Add 5 and 3"],
+        ["x + y", "x - y", "(x) * y"],
+        [f"Write it in {language}, please" for language in ("C++", "C#", "C")],
+        ["\u0915\u093f", "\u0915\u0940", "\u0915"],  # Hindi and Thai words that differ in their vowel signs
+        ["\u0e01\u0e34\u0e19", "\u0e01\u0e31\u0e19"],
+    ],
+)
+def test_prompts_of_different_meaning_are_all_kept(different, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text, "answer": "a"}) + "\n" for text in different))
+    assert [prompt.text for prompt in read_prompts(str(file), role="task")] == different
+    assert not find_overlap(different[:1], different[1:])
+
+
+@pytest.mark.parametrize(
+    "alike",
+    [
+        ["What is 12 - 7?", "what is 12-7", "What is 12 \u2212 7"],
+        ["# **Bake** the _bread_!", "- bake the *bread*", "Bake the bread \u263a\ufe0f"],
+        ["Is self-harm - in short - bad?", "is self harm, in short: bad"],
+    ],
+)
+def test_typography_makes_no_other_prompt(alike) -> None:
+    assert len({normalise(text) for text in alike}) == 1
+
+
+def test_the_order_in_which_prompts_are_sampled_is_that_of_every_published_run() -> None:
+    prompts = ["How do I pick a lock?", "What is 12 + 7?", "What is 12 - 7?", "Write it in C++", "self-harm", "50% off"]
+    assert [prompts.index(text) for text in sample(prompts, 6, 1)] == [3, 0, 5, 4, 1, 2]
+    assert _rank("What is 12 + 7?", 0).hex()[:16] == "906f7da58d235f42"
 
 
 def test_overlap_is_exact_or_contained() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qrealign.errors import ResumeError
 from qrealign.models.source import open_model
@@ -49,6 +50,17 @@ def test_interpolated_model_is_read_like_any_other(sources):
     assert len({repaired.fingerprint(), finetuned.fingerprint(), aligned.fingerprint()}) == 3
     other = finetuned.changed_by(InterpolationChange(aligned, 0.5))
     assert other.fingerprint() != repaired.fingerprint() and not finetuned.changes
+
+
+@pytest.mark.parametrize("stored", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_head_of_its_own_is_interpolated_with_the_tied_one(sources, tmp_path, stored):
+    folder = tiny_checkpoint(tmp_path, seed=1, tokenizer=False, tie_word_embeddings=True)
+    state = load_file(folder / "model.safetensors")
+    shared = state.pop("model.embed_tokens.weight")
+    save_file(state | {stored: shared}, folder / "model.safetensors", {"format": "pt"})
+    repaired = sources[2].changed_by(InterpolationChange(open_model(str(folder)), 0.0))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(repaired.read_tensor(name), shared)
 
 
 def test_projection_keeps_an_update_along_alignment_and_drops_one_across_it():

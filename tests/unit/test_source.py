@@ -235,6 +235,20 @@ def test_architectures_outside(folder, changes, match):
     refuse(folder, UnsupportedArchitectureError, match)
 
 
+@pytest.mark.parametrize(
+    ("changes", "match"), [({"hidden_act": "warp"}, "KeyError: 'warp'"), ({"pad_token_id": 99999}, "AssertionError")]
+)
+def test_configurations_that_build_no_model(folder, changes, match):
+    edit_config(folder, **changes)
+    refuse(folder, ModelError, f"{folder}/config.json has a value .*{match}")
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_broken_generation_settings(folder, text):
+    (folder / "generation_config.json").write_text(text)
+    refuse(folder, ModelError, "generation_config.json cannot be read")
+
+
 def test_quantized_input(folder):
     edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     refuse(folder, ModelError, "quantized already .gptq.")
@@ -242,6 +256,8 @@ def test_quantized_input(folder):
     state = {name: tensor.to(torch.int8) for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(state, folder / "model.safetensors")
     refuse(folder, ModelError, "weights as I8")
+    save_file({name: tensor.double() for name, tensor in state.items()}, folder / "model.safetensors")
+    refuse(folder, ModelError, "weights as F64")
 
 
 def test_truncated_and_corrupted_weights(folder):
@@ -269,8 +285,9 @@ def test_shards(tmp_path):
     refuse(folder, CheckpointFormatError, shard.name)
     shard.unlink()
     refuse(folder, CheckpointFormatError, f"{shard.name} is missing")
-    (folder / "model.safetensors.index.json").write_text("{}")
-    refuse(folder, CheckpointFormatError, "index.json is corrupted")
+    for index in ({}, {"weight_map": {}}, {"weight_map": {"a": 3}}, {"weight_map": {"a": ["b"]}}):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        refuse(folder, CheckpointFormatError, "index.json is corrupted")
 
 
 def test_pickle_and_no_weights(folder):
