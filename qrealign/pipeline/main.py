@@ -49,6 +49,7 @@ def _run(options: RunOptions, say: Callable[[str], None], team: Team) -> RunRepo
         context.say(line)
     others = read_compared(context)
     if options.dry_run:
+        context.workspace.check(context.identity(), fresh=options.fresh, must_exist=options.resume)
         return None
     if not team.leads:
         _follow(context)
