@@ -94,8 +94,8 @@ class CheckpointWriter:
         if identity is not None and finished_key(self.directory) == self._key:
             # Killed between `finish` and whatever its caller notes down: the next `finish` puts it back.
             remove(self.folder)
+            write_json(self._marker, self._key)  # first: a folder without its key would be discarded
             os.replace(self.directory, self.folder)
-            write_json(self._marker, self._key)
         elif identity is None or not self._marker.exists() or read_json(self._marker) != self._key:
             remove(self.folder)
             write_json(self._marker, self._key)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors import SafetensorError
 
 from qrealign.errors import ConfigError, QrealignError, ResumeError
 from qrealign.files import read_json, write_aside, write_json, write_tensors, write_text
+from qrealign.pipeline import main
 from qrealign.pipeline.workspace import Workspace
 from qrealign.resources import ResourceMeter, host_bytes
 
@@ -138,6 +140,19 @@ def test_stages_are_measured_once(tmp_path):
         pass
     assert workspace.stages(["probe"]) == first and first[0].wall_seconds > 0 and first[0].gpu_hours == 0
     assert first[0].peak_host_bytes >= 0.5 * host_bytes() > 0
+
+
+def test_calibration_is_done_only_with_its_record(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for name, value in (("run_calibration", lambda *_: []), ("_writer", lambda _: None), ("write_json", killed)):
+        monkeypatch.setattr(main, name, value)
+    spec = SimpleNamespace(polish=None, learns_behind_blocks=False)
+    context = SimpleNamespace(workspace=Workspace(tmp_path), spec=spec, meter=ResourceMeter())
+    with pytest.raises(KeyboardInterrupt):
+        main.calibrate(context, None)
+    assert not context.workspace.done("calibrate")
 
 
 def test_cached_values_are_computed_once(tmp_path):
