@@ -191,6 +191,14 @@ def test_a_gpu_where_there_is_none(capsys, tiny, tmp_path):
     expect(capsys, tmp_path / "o", "--device cuda", model=tiny["model"], aligned=tiny["aligned"], device="cuda")
 
 
+def test_a_folder_where_a_weight_file_should_be(capsys, tiny, tmp_path):
+    shutil.copytree(tiny["model"], tmp_path / "model")
+    for file in (tmp_path / "model").glob("*.safetensors"):
+        file.unlink()
+        file.mkdir()
+    expect(capsys, tmp_path / "o", "safetensors", model=tmp_path / "model", aligned=tiny["aligned"])
+
+
 def test_a_full_disk(capsys, tiny, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
