@@ -178,6 +178,12 @@ def test_a_dry_run_finds_what_the_run_would(capsys, tiny, tmp_path):
     assert status == 2 and "is a file" in error
 
 
+def test_texts_too_short_for_a_perplexity_are_told_before_any_work(capsys, tmp_path):
+    texts = jsonl(tmp_path / "texts.jsonl", [{"text": "a"}])
+    expect(capsys, tmp_path / "o", "no two tokens in a row", "--dry-run", eval_text=texts)
+    assert run(capsys, "--dry-run", "--eval", "none", output=tmp_path / "o", eval_text=texts) == (0, "")
+
+
 @pytest.mark.parametrize("flags", [("--dry-run",), ("--fresh",)])
 def test_a_model_that_the_run_would_replace(capsys, tiny, tmp_path, flags):
     shutil.copytree(tiny["model"], tmp_path / "model")
