@@ -43,5 +43,9 @@ class DeviceError(QrealignError):
     """The device asked for is absent, or its memory is too small even for the smallest batch."""
 
 
+class AbsentDeviceError(DeviceError):
+    """The device asked for is unknown, unsupported or not in this machine."""
+
+
 class CalibrationDivergedError(QrealignError):
     """Calibration left the finite numbers twice after restoring the last good state."""

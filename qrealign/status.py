@@ -6,9 +6,10 @@ import logging
 import sys
 from collections.abc import Callable
 
-from qrealign.errors import ConfigError, DataError, ModelError, QrealignError
+from qrealign.errors import AbsentDeviceError, ConfigError, DataError, ModelError, QrealignError, ResumeError
 
 FAILED, BAD_INPUT, VERDICT_FAILED, INTERRUPTED = 1, 2, 3, 130
+_GIVEN = (AbsentDeviceError, ConfigError, DataError, ModelError, ResumeError)  # what the user can give otherwise
 
 
 def exit_status(run: Callable[[], int], *, interrupted: str) -> int:
@@ -25,7 +26,11 @@ def exit_status(run: Callable[[], int], *, interrupted: str) -> int:
         return int(run())
     except QrealignError as error:
         print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT if isinstance(error, ConfigError | DataError | ModelError) else FAILED
+        return BAD_INPUT if isinstance(error, _GIVEN) else FAILED
+    except OSError as error:  # a file without permission, a folder where a file should be, a dead disk
+        told = f"{error.filename} cannot be used: {error.strerror}" if error.filename else str(error)
+        print(f"error: {told}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print(f"interrupted: {interrupted}", file=sys.stderr)
         return INTERRUPTED

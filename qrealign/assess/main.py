@@ -122,7 +122,7 @@ def open_judges(options: AssessOptions) -> list[Judge]:
     Raises:
         ConfigError: a judge is unknown or damaged, or two have the same name.
         ModelError: a model judge cannot be used; subclasses say why.
-        DeviceError: the device is absent.
+        AbsentDeviceError: the device is absent.
     """
     from qrealign.judges.interface import RefusalRule
 

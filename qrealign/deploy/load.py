@@ -45,7 +45,7 @@ def load_packed(
         ModelError: the folder is missing or no model.
         CheckpointFormatError: weights are missing or damaged, or a layer asks for what is not run here: the message
             names it.
-        DeviceError: the device is absent.
+        AbsentDeviceError: the device is absent.
     """
     chosen = choose_device("auto" if device is None else str(device))
     return deploy_model(

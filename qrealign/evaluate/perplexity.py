@@ -49,8 +49,6 @@ def measure_perplexity(
         DeviceError: the memory does not hold a single window.
     """
     windows = sorted(cut_windows(encoder.tokenizer, texts, max_tokens=max_tokens, window=window), key=len, reverse=True)
-    if not windows:
-        raise DataError("the texts for perplexity hold no two tokens in a row: give longer texts")
     config: Any = model.config
     batch_size = max(1, min(batch_size, _LOGIT_BYTES // (4 * config.vocab_size * len(windows[0]))))
     total, count = 0.0, 0
@@ -64,7 +62,11 @@ def measure_perplexity(
 
 
 def cut_windows(tokenizer: object, texts: Sequence[str], *, max_tokens: int, window: int) -> list[list[int]]:
-    """Return windows of ids, none longer than `window`, holding at most `max_tokens` ids besides BOS."""
+    """Return windows of ids, none longer than `window`, holding at most `max_tokens` ids besides BOS.
+
+    Raises:
+        DataError: the texts hold no token that can be scored.
+    """
     windows: list[list[int]] = []
     left = max_tokens
     for text in texts:
@@ -75,7 +77,10 @@ def cut_windows(tokenizer: object, texts: Sequence[str], *, max_tokens: int, win
         left -= len(ids)
         step = window - len(head)
         windows += [head + ids[start : start + step] for start in range(0, len(ids), step)]
-    return [ids for ids in windows if len(ids) >= 2]
+    windows = [ids for ids in windows if len(ids) >= 2]
+    if not windows:
+        raise DataError("the texts for perplexity hold no two tokens in a row: give longer texts")
+    return windows
 
 
 def _bos_of(tokenizer: object) -> list[int]:

@@ -198,7 +198,7 @@ def open_model_judge(spec: str, *, device: str, batch_size: int, progress: bool)
     Raises:
         JudgeError: the form is unknown or cannot be found.
         ModelError: the model cannot be used; subclasses say why.
-        DeviceError: the device is absent.
+        AbsentDeviceError: the device is absent.
     """
     model, form_name = split_form(spec)
     # A Hub id must tell its form by its name: nobody waits for 26 GB to read that it cannot be asked.

@@ -23,7 +23,7 @@ def open_judge(spec: str, *, device: str = "auto", batch_size: int = 16, progres
     Raises:
         JudgeError: the judge is incomplete, damaged or of unknown form.
         ModelError: a model judge cannot be used; subclasses say why.
-        DeviceError: the device is absent.
+        AbsentDeviceError: the device is absent.
     """
     if spec == RefusalRule.name:
         return RefusalRule()

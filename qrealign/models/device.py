@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from qrealign.errors import DeviceError
+from qrealign.errors import AbsentDeviceError
 
 MemoryMode = Literal["auto", "resident", "low", "streamed"]
 MEMORY_MODES = ("auto", "resident", "low", "streamed")
@@ -17,21 +17,21 @@ def choose_device(name: str) -> torch.device:
     """Return the device called `name`; auto takes a GPU where there is one.
 
     Raises:
-        DeviceError: the device is unknown or absent.
+        AbsentDeviceError: the device is unknown or absent.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise DeviceError(f"--device {name!r} is no device: use auto, cpu, cuda or cuda:N") from error
+        raise AbsentDeviceError(f"--device {name!r} is no device: use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise DeviceError(
+        raise AbsentDeviceError(
             f"--device {name} was asked for, but this machine shows torch {torch.cuda.device_count()} GPUs: "
             "use --device cpu, or install a CUDA build of torch and its driver"
         )
     if device.type not in ("cpu", "cuda"):
-        raise DeviceError(f"--device {name} is not supported: use cpu or cuda")
+        raise AbsentDeviceError(f"--device {name} is not supported: use cpu or cuda")
     return device
 
 

@@ -89,13 +89,13 @@ class CheckpointWriter:
         self.directory = Path(directory)
         self.folder = self.directory.with_name(f".{self.directory.name}.writing")
         self._marker = self.directory.with_name(f".{self.directory.name}.writing.json")
-        _check_replaceable(self.directory)
+        check_replaceable(self.directory)
         self._key = sha256_of_text(identity or "", source.fingerprint(), repr(scheme))
-        if identity is not None and _finished_key(self.directory) == self._key:
+        if identity is not None and finished_key(self.directory) == self._key:
             # Killed between `finish` and whatever its caller notes down: the next `finish` puts it back.
             remove(self.folder)
+            write_json(self._marker, self._key)  # first: a folder without its key would be discarded
             os.replace(self.directory, self.folder)
-            write_json(self._marker, self._key)
         elif identity is None or not self._marker.exists() or read_json(self._marker) != self._key:
             remove(self.folder)
             write_json(self._marker, self._key)
@@ -226,17 +226,21 @@ def _is_whole(shard: Path) -> bool:
         return False
 
 
-def _check_replaceable(directory: Path) -> None:
-    """Refuse a folder that is neither absent, nor empty, nor an earlier checkpoint of this project."""
+def check_replaceable(directory: Path) -> None:
+    """Refuse a folder that is neither absent, nor empty, nor an earlier checkpoint of this project.
+
+    Raises:
+        ConfigError: it is something else.
+    """
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
-    if _finished_key(directory) is None:
+    if finished_key(directory) is None:
         raise ConfigError(
             f"{directory} holds something else than a checkpoint of this project: choose another output folder"
         )
 
 
-def _finished_key(directory: Path) -> str | None:
+def finished_key(directory: Path) -> str | None:
     """Return the key of the run that wrote the checkpoint in `directory`, None where there is none of this project."""
     try:
         return str(read_json(directory / _CONFIG)["quantization_config"]["qrealign"]["run"])

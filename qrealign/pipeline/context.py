@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from qrealign.calibrate.distributed import ALONE, Team, local_device
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.config import QuantScheme, parse_scheme
 from qrealign.data.encode import ChatEncoder
+from qrealign.data.readers import split_spec
 from qrealign.demo import demo_paths
 from qrealign.errors import ConfigError
 from qrealign.files import sha256_of_text
@@ -125,7 +127,7 @@ def build_context(options: RunOptions, say: Callable[[str], None], team: Team = 
         encoder=encoder,
         calibration_encoder=ChatEncoder(tokenizer, max_length=calibration_tokens, system=options.system),
         data=data,
-        workspace=Workspace(options.directory, writes=team.leads),
+        workspace=Workspace(options.directory, writes=team.leads, inputs=_inputs(options)),
         device=device,
         pool=ModelPool(device, options.memory),
         meter=ResourceMeter(device.type, gpus=team.size),
@@ -145,6 +147,14 @@ def build_context(options: RunOptions, say: Callable[[str], None], team: Team = 
             "no channel scales are learned for it"
         )
     return context
+
+
+def _inputs(options: RunOptions) -> list[Path]:
+    """Return where every model, probe and data file is that the user named; a Hub id is a path to nothing."""
+    models = (options.model, options.adapter, options.aligned, options.base, options.probe)
+    data = (value for name, value in vars(options).items() if name.endswith("_data") or name.startswith("eval_"))
+    specs = (spec for value in data if isinstance(value, tuple) for spec in value)
+    return [Path(path) for path in (*models, *(split_spec(spec)[0] for spec in specs)) if path is not None]
 
 
 def _say_nothing(line: str) -> None:

@@ -49,6 +49,7 @@ def _run(options: RunOptions, say: Callable[[str], None], team: Team) -> RunRepo
         context.say(line)
     others = read_compared(context)
     if options.dry_run:
+        context.workspace.check(context.identity(), fresh=options.fresh, must_exist=options.resume)
         return None
     if not team.leads:
         _follow(context)
@@ -112,7 +113,9 @@ def calibrate(context: RunContext, probe: SafetyProbe | None) -> None:
 
     with workspace.stage(last, context.meter):
         curve = run_calibration(context, probe, on_block)
-    write_json(workspace.state / "calibration.json", {"curve": [asdict(point) for point in curve], "seconds": seconds})
+        # Inside: a stage marked done is not run again, so nothing of it may be missing.
+        record = {"curve": [asdict(point) for point in curve], "seconds": seconds}
+        write_json(workspace.state / "calibration.json", record)
     context.pool.release()
 
 

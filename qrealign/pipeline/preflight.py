@@ -8,6 +8,8 @@ import torch
 
 from qrealign.calibrate.methods import CalibrationSettings
 from qrealign.calibrate.schedule import block_epochs
+from qrealign.evaluate.perplexity import cut_windows
+from qrealign.evaluate.suite import EvaluationSettings
 from qrealign.pack.format import quantization_config
 from qrealign.pack.runtimes import Runtime, compatible_runtimes
 from qrealign.pack.size import estimate_packed_bytes, require_free_disk
@@ -34,8 +36,9 @@ def preflight(context: RunContext) -> list[str]:
     """Return the lines that describe the run.
 
     Raises:
-        QrealignError: the disk is too small.
+        QrealignError: the disk is too small, or the evaluation's texts are.
     """
+    _check_texts(context)
     source, packed = context.finetuned, estimate_packed_bytes(context.finetuned, context.scheme)
     state = state_bytes(context)
     free = require_free_disk(context.workspace.directory, packed + state)
@@ -60,6 +63,15 @@ def preflight(context: RunContext) -> list[str]:
         f"time        about {duration(low)} to {duration(high)} (counted work at this machine's measured rate)",
     ]
     return lines + [f"note        {note}" for note in context.notes]
+
+
+def _check_texts(context: RunContext) -> None:
+    """Refuse texts too short for a perplexity before the work, not behind it."""
+    size = context.options.eval
+    if size != "none":
+        tokenizer, texts = context.encoder.tokenizer, context.data.evaluation.texts
+        window = EvaluationSettings.perplexity_window
+        cut_windows(tokenizer, texts, max_tokens=PERPLEXITY_TOKENS[size], window=window)
 
 
 def _analysis_line(context: RunContext) -> list[str]:

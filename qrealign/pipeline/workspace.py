@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import Any
 from qrealign.errors import ConfigError, ResumeError
 from qrealign.files import read_json, remove, write_json
 from qrealign.pack.size import existing_ancestor
+from qrealign.pack.writer import check_replaceable, finished_key
 from qrealign.records import StageRecord
 from qrealign.resources import ResourceMeter
 
+# In the order of removal: while the state stands, the rest is known as ours.
 OWN_NAMES = ("model", "report.json", "report.md", "report.html", "state")
 
 
@@ -23,35 +25,60 @@ class Workspace:
 
     `model/` and `report.*` are the results; `state/` holds what a resumed run needs. A stage that has ended leaves
     `state/<stage>.done.json` with its cost, and is not run again; with `writes` False another process leaves it.
+    `inputs` are the files and folders that the run reads: none may lie among what it writes.
     """
 
-    def __init__(self, directory: Path, *, writes: bool = True) -> None:
-        self.directory, self.writes = directory, writes
+    def __init__(self, directory: Path, *, writes: bool = True, inputs: Sequence[Path] = ()) -> None:
+        self.directory, self.writes, self.inputs = directory, writes, inputs
         self.state = directory / "state"
         self.model = directory / "model"
+        self._marker = self.state / "run.json"
+
+    def check(self, identity: dict[str, Any], *, fresh: bool, must_exist: bool) -> bool:
+        """Return whether `open` would continue an earlier run; nothing is changed.
+
+        Raises:
+            ConfigError: the folder holds something that is not ours, or an input, or nothing though `must_exist`.
+            ResumeError: the folder holds a run with another identity.
+        """
+        self._refuse_unusable()
+        self._refuse_foreign()
+        self._refuse_inputs()
+        if self._marker.exists() and not fresh:
+            self._compare(read_json(self._marker), identity)
+            return True
+        if must_exist:
+            raise ConfigError(f"--resume: {self.directory} holds no run to continue; leave the flag out to start one")
+        return False
 
     def open(self, identity: dict[str, Any], *, fresh: bool, must_exist: bool) -> bool:
         """Prepare the folder for the run described by `identity`; return whether an earlier run is continued.
 
         Raises:
-            ConfigError: the folder holds something that is not ours, or nothing though `must_exist`.
-            ResumeError: the folder holds a run with another identity.
+            QrealignError: as `check`.
         """
-        self._refuse_foreign()
-        if fresh:
-            for name in OWN_NAMES:
-                remove(self.directory / name)
-        marker = self.state / "run.json"
-        if marker.exists():
-            self._compare(read_json(marker), identity)
-            return True
-        if must_exist:
-            raise ConfigError(f"--resume: {self.directory} holds no run to continue; leave the flag out to start one")
-        remove(self.state)
-        write_json(marker, identity)
-        return False
+        continued = self.check(identity, fresh=fresh, must_exist=must_exist)
+        for left_over in [*self.directory.glob(".report.*.part"), *self.state.rglob(".*.part")]:
+            remove(left_over)  # half-written by a process that was killed
+        for name in OWN_NAMES:
+            self._discard(name, whole=fresh)
+        if not continued:
+            write_json(self._marker, identity)
+        return continued
 
-    def _refuse_foreign(self) -> None:
+    def _discard(self, name: str, *, whole: bool) -> None:
+        """Remove what a killed process left of `name` and, if `whole`, `name` itself.
+
+        It is renamed first: a folder that is half gone could not be told from somebody else's.
+        """
+        path, aside = self.directory / name, self.directory / f".{name}.discarded"
+        remove(aside)
+        if whole and path.exists():
+            os.replace(path, aside)
+            remove(aside)
+
+    def _refuse_unusable(self) -> None:
+        """Refuse a folder that cannot be written to."""
         holder = existing_ancestor(self.directory)
         if holder == self.directory.absolute() and not holder.is_dir():
             raise ConfigError(f"--output {self.directory} is a file: name a folder")
@@ -61,15 +88,30 @@ class Workspace:
             raise ConfigError(
                 f"--output {self.directory} cannot be written to: name another folder, or change its permissions"
             )
+
+    def _refuse_foreign(self) -> None:
+        """Refuse a folder with anything in it that no run of this project wrote, whatever its name."""
+        check_replaceable(self.model)
+        started = self._marker.exists()
+        if not started and self.state.exists() and not _is_blank(self.state):
+            raise ConfigError(f"{self.state} belongs to no run of this project: name a new folder with --output")
+        ours = OWN_NAMES if started or finished_key(self.model) else ("model", "state")
         foreign = [
-            path.name
-            for path in self.directory.glob("*")
-            if path.name not in OWN_NAMES and not path.name.startswith(".")
+            path.name for path in self.directory.glob("*") if path.name not in ours and not path.name.startswith(".")
         ]
         if foreign:
             raise ConfigError(
                 f"--output {self.directory} holds something else ({', '.join(sorted(foreign)[:3])}): name a new folder"
             )
+
+    def _refuse_inputs(self) -> None:
+        """Refuse what the run reads where the run writes: it would be replaced, with --fresh before it is read."""
+        for path in self.inputs:
+            for own in (self.directory / name for name in OWN_NAMES):
+                if path.exists() and path.resolve().is_relative_to(own.resolve()):
+                    raise ConfigError(
+                        f"{path} is to be read, but {own} is replaced by the run: move it, or name another --output"
+                    )
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         old, new = _flatten(old), _flatten(new)
@@ -117,6 +159,11 @@ class Workspace:
         if not path.exists():
             write_json(path, compute())
         return read_json(path)
+
+
+def _is_blank(state: Path) -> bool:
+    """Return whether a folder holds nothing yet, as where a process was killed before it could name its run."""
+    return state.is_dir() and all(path.match(".*.part") for path in state.iterdir())
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -170,9 +170,39 @@ def test_output_that_holds_something_else(capsys, tiny, tmp_path):
     assert status != 0 and "thesis.tex" in error and (tmp_path / "thesis.tex").read_text() == "mine"
 
 
+def test_a_dry_run_finds_what_the_run_would(capsys, tiny, tmp_path):
+    models = {"model": tiny["model"], "aligned": tiny["aligned"]}
+    expect(capsys, tmp_path / "o", "no-such-probe", "--dry-run", **models, probe=tmp_path / "no-such-probe")
+    (tmp_path / "o").write_text("mine")
+    status, error = run(capsys, "--dry-run", **models, output=tmp_path / "o")
+    assert status == 2 and "is a file" in error
+
+
+def test_texts_too_short_for_a_perplexity_are_told_before_any_work(capsys, tmp_path):
+    texts = jsonl(tmp_path / "texts.jsonl", [{"text": "a"}])
+    expect(capsys, tmp_path / "o", "no two tokens in a row", "--dry-run", eval_text=texts)
+    assert run(capsys, "--dry-run", "--eval", "none", output=tmp_path / "o", eval_text=texts) == (0, "")
+
+
+@pytest.mark.parametrize("flags", [("--dry-run",), ("--fresh",)])
+def test_a_model_that_the_run_would_replace(capsys, tiny, tmp_path, flags):
+    shutil.copytree(tiny["model"], tmp_path / "model")
+    for model in (tmp_path / "model", tiny["model"]):
+        status, error = run(capsys, *flags, model=model, aligned=tiny["aligned"], output=tmp_path)
+        assert status == 2 and "holds something else" in error and (tmp_path / "model" / "config.json").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_where_there_is_none(capsys, tiny, tmp_path):
     expect(capsys, tmp_path / "o", "--device cuda", model=tiny["model"], aligned=tiny["aligned"], device="cuda")
+
+
+def test_a_folder_where_a_weight_file_should_be(capsys, tiny, tmp_path):
+    shutil.copytree(tiny["model"], tmp_path / "model")
+    for file in (tmp_path / "model").glob("*.safetensors"):
+        file.unlink()
+        file.mkdir()
+    expect(capsys, tmp_path / "o", "safetensors", model=tmp_path / "model", aligned=tiny["aligned"])
 
 
 def test_a_full_disk(capsys, tiny, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qrealign.errors import CheckpointFormatError, DeviceError
+from qrealign.errors import AbsentDeviceError, CheckpointFormatError
 from qrealign.models.device import choose_device, compute_dtype, free_bytes
 from qrealign.models.loading import load_or_stream
 from qrealign.models.source import open_model
@@ -26,7 +26,7 @@ def test_devices_are_chosen_by_name():
     ("name", "words"), [("abacus", "is no device"), ("cuda:99", "was asked for"), ("meta", "not supported")]
 )
 def test_devices_that_cannot_be_used_are_refused(name, words):
-    with pytest.raises(DeviceError, match=words):
+    with pytest.raises(AbsentDeviceError, match=words):
         choose_device(name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -155,6 +156,34 @@ def test_a_source_without_companions_gets_its_tokenizer_saved(tmp_path: Path, mo
     directory = write(source, scheme, model, tmp_path / "out")
     assert AutoTokenizer.from_pretrained(directory).chat_template is not None
     assert (directory / "additional_chat_templates" / "tool_use.jinja").is_file()
+
+
+def test_a_writer_killed_while_it_takes_a_finished_checkpoint_back_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_tiny(tmp_path / "model")
+    scheme = fitted("w8a8", source)
+    rename = os.replace
+
+    def begin() -> CheckpointWriter:
+        return CheckpointWriter(source, scheme, tmp_path / "out", identity="run")
+
+    writer = begin()
+    for index, block in blocks_of(source, quantized(source, scheme)):
+        writer.add_block(index, block)
+    writer.add_outer(source.outer_state())
+    directory = writer.finish()
+
+    def killed_behind_it(origin: Path, target: Path) -> None:
+        rename(origin, target)
+        if origin == directory:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed_behind_it)
+    with pytest.raises(KeyboardInterrupt):
+        begin()
+    monkeypatch.undo()
+    assert begin().finish() == directory
 
 
 def test_a_killed_writer_goes_on_with_the_blocks_that_are_whole(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qrealign.errors import (
+    AbsentDeviceError,
     CalibrationDivergedError,
     CheckpointFormatError,
     DataError,
@@ -29,15 +30,22 @@ def test_a_command_that_ends_by_itself_says_how(result: int) -> None:
     assert status == result and type(status) is int
 
 
-@pytest.mark.parametrize("kind", [SchemeError, DataError, CheckpointFormatError])
+@pytest.mark.parametrize("kind", [SchemeError, DataError, CheckpointFormatError, AbsentDeviceError, ResumeError])
 def test_what_the_user_gave_is_told_apart(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
     assert ending(kind("wrong: give another")) == BAD_INPUT
     assert capsys.readouterr().err == "error: wrong: give another\n"
 
 
-@pytest.mark.parametrize("kind", [DeviceError, ResumeError, CalibrationDivergedError])
+@pytest.mark.parametrize("kind", [DeviceError, CalibrationDivergedError])
 def test_from_what_failed_on_the_way(kind: type[Exception]) -> None:
     assert ending(kind("lost")) == FAILED
+
+
+def test_a_file_that_cannot_be_used_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ending(PermissionError(13, "Permission denied", "a/config.json")) == FAILED
+    assert capsys.readouterr().err == "error: a/config.json cannot be used: Permission denied\n"
+    assert ending(OSError("no connection")) == FAILED
+    assert capsys.readouterr().err == "error: no connection\n"
 
 
 def test_interrupts_say_how_to_go_on_and_bugs_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:

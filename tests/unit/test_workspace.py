@@ -2,6 +2,7 @@
 
 import errno
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,16 @@ from safetensors import SafetensorError
 
 from qrealign.errors import ConfigError, QrealignError, ResumeError
 from qrealign.files import read_json, write_aside, write_json, write_tensors, write_text
+from qrealign.pipeline import main
 from qrealign.pipeline.workspace import Workspace
 from qrealign.resources import ResourceMeter, host_bytes
 
 IDENTITY = {"scheme": "w8a8", "settings": {"steps": 80}}
+
+
+def write_packed(directory):
+    """Write as much of a packed checkpoint as tells it from anybody else's."""
+    write_json(directory / "config.json", {"quantization_config": {"qrealign": {"run": "key"}}})
 
 
 def test_a_run_is_continued_only_by_its_like(tmp_path):
@@ -51,10 +58,66 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path, monkeypatch):
 def test_fresh_removes_only_what_the_project_writes(tmp_path):
     workspace = Workspace(tmp_path / "o")
     workspace.open(IDENTITY, fresh=False, must_exist=False)
-    (workspace.model).mkdir()
+    write_packed(workspace.model)
     write_text(workspace.directory / "report.json", "{}")
-    workspace.open(IDENTITY, fresh=True, must_exist=False)
+    write_text(workspace.state / "analysis.json", "{}")
+    assert workspace.open(IDENTITY, fresh=False, must_exist=False) and workspace.model.exists()
+    assert not workspace.open(IDENTITY, fresh=True, must_exist=False)
     assert sorted(path.name for path in workspace.directory.iterdir()) == ["state"]
+    assert [path.name for path in workspace.state.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("mine", ["model/model.safetensors", "state/notes.txt", "state", "report.md"])
+def test_foreign_things_under_our_names_are_refused_and_left_alone(tmp_path, mine, fresh):
+    write_text(tmp_path / mine, "mine")
+    for action in ("check", "open"):
+        with pytest.raises(ConfigError, match=mine.split("/")[0]):
+            getattr(Workspace(tmp_path), action)(IDENTITY, fresh=fresh, must_exist=False)
+    assert (tmp_path / mine).read_text() == "mine"
+
+
+def test_a_checkpoint_of_ours_may_be_replaced_though_its_state_is_gone(tmp_path):
+    write_packed(tmp_path / "model")
+    write_text(tmp_path / "report.md", "ours")
+    assert not Workspace(tmp_path).open(IDENTITY, fresh=False, must_exist=False)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_inputs_that_the_run_would_replace_are_refused(tmp_path, fresh):
+    workspace = Workspace(tmp_path / "o")
+    workspace.open(IDENTITY, fresh=False, must_exist=False)
+    write_packed(workspace.model)
+    probe = workspace.state / "probes" / "probes.safetensors"
+    write_text(probe, "probe")
+    for path in (probe, workspace.model):
+        with pytest.raises(ConfigError, match="is to be read"):
+            Workspace(tmp_path / "o", inputs=[path]).open(IDENTITY, fresh=fresh, must_exist=False)
+    assert probe.exists() and workspace.model.exists()
+    elsewhere = [tmp_path / "elsewhere", tmp_path / "o" / "model" / "no-such-file"]
+    assert Workspace(tmp_path / "o", inputs=elsewhere).open(IDENTITY, fresh=False, must_exist=False)
+
+
+def test_a_check_writes_nothing(tmp_path):
+    assert not Workspace(tmp_path / "o").check(IDENTITY, fresh=False, must_exist=False)
+    assert not list(tmp_path.iterdir())
+    Workspace(tmp_path / "o").open(IDENTITY, fresh=False, must_exist=False)
+    with pytest.raises(ResumeError):
+        Workspace(tmp_path / "o").check({"scheme": "w4a16"}, fresh=False, must_exist=False)
+    assert not Workspace(tmp_path / "o").check({"scheme": "w4a16"}, fresh=True, must_exist=False)
+    assert Workspace(tmp_path / "o").check(IDENTITY, fresh=False, must_exist=True)
+
+
+def test_what_killed_processes_left_half_written_is_removed(tmp_path):
+    workspace = Workspace(tmp_path / "o")
+    write_text(workspace.state / ".run.json.7.part", "killed before the run had a name")
+    workspace.open(IDENTITY, fresh=False, must_exist=False)
+    write_text(workspace.state / "repair" / ".block.safetensors.7.part", "half")
+    write_text(workspace.directory / ".report.md.7.part", "half")
+    write_text(workspace.directory / ".model.discarded" / "config.json", "half gone")
+    assert workspace.open(IDENTITY, fresh=False, must_exist=False)
+    left = {path.relative_to(tmp_path / "o").as_posix() for path in workspace.directory.rglob("*")}
+    assert left == {"state", "state/run.json", "state/repair"}
 
 
 def test_tensors_may_be_read_by_whom_other_files_may(tmp_path):
@@ -77,6 +140,19 @@ def test_stages_are_measured_once(tmp_path):
         pass
     assert workspace.stages(["probe"]) == first and first[0].wall_seconds > 0 and first[0].gpu_hours == 0
     assert first[0].peak_host_bytes >= 0.5 * host_bytes() > 0
+
+
+def test_calibration_is_done_only_with_its_record(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for name, value in (("run_calibration", lambda *_: []), ("_writer", lambda _: None), ("write_json", killed)):
+        monkeypatch.setattr(main, name, value)
+    spec = SimpleNamespace(polish=None, learns_behind_blocks=False)
+    context = SimpleNamespace(workspace=Workspace(tmp_path), spec=spec, meter=ResourceMeter())
+    with pytest.raises(KeyboardInterrupt):
+        main.calibrate(context, None)
+    assert not context.workspace.done("calibrate")
 
 
 def test_cached_values_are_computed_once(tmp_path):
