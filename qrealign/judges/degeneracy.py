@@ -50,9 +50,9 @@ def is_degenerate(answer: str) -> bool:
 def find_fault(answer: str) -> Fault | None:
     """Return what is broken about `answer`, or None."""
     text = answer[:_LONGEST].strip().rstrip("\ufffd")  # a cut may split the last character
-    if not any(_says_something(character) for character in text):
-        return "non_language" if len(text) >= 8 and len(set(text)) > 2 else "repetition" if len(text) >= 8 else "empty"
     unruled = _RULER.sub(" ", text)
+    if not any(_says_something(character) for character in unruled):  # of "=====" nothing is left
+        return "non_language" if len(text) >= 8 and len(set(text)) > 2 else "repetition" if len(text) >= 8 else "empty"
     if _is_not_language(unruled):
         return "non_language"
     if _repeats(unruled):

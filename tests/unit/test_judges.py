@@ -166,6 +166,8 @@ BROKEN = [
     ("...", "empty"),
     ("\u200b", "empty"),
     ("\ufffd", "empty"),
+    ("=====", "empty"),
+    ("~" * 40, "repetition"),
     ("aaaaaaaaaaaaaaaaaaaaaaaa", "repetition"),
     ("!!!!!!!!!!!!!!!!", "repetition"),
     ("0" * 60, "repetition"),
