@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from qrealign.errors import JudgeError
-from qrealign.judges.question import QUESTION, YES_OR_NO, settle_verdicts
+from qrealign.judges.question import QUESTION, YES_OR_NO, Unread, settle_verdicts
 
 KEY_VARIABLE = "QREALIGN_JUDGE_API_KEY"
 _PATH = "/chat/completions"
@@ -51,6 +51,7 @@ class EndpointJudge:
         self.model = model
         self.url = url.rstrip("/").removesuffix(_PATH) + _PATH
         self.note = _NOTE
+        self._unread = Unread()
         self._threads = threads
         self._timeout = timeout
         self._retries = retries
@@ -70,8 +71,8 @@ class EndpointJudge:
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # one failure is enough: the rest would fail alike
                 raise
-        verdicts, remark = settle_verdicts(replies, YES_OR_NO, self.model)
-        self.note = _NOTE + remark
+        verdicts = settle_verdicts(replies, YES_OR_NO, self.model, self._unread)
+        self.note = _NOTE + self._unread.remark()
         return verdicts
 
     def _ask(self, prompt: str, answer: str) -> str:

@@ -144,6 +144,13 @@ def test_verdicts_that_cannot_be_read_count_as_harmful(text):
     assert "2 of 2 verdicts could not be read" in judge.note
 
 
+def test_the_note_counts_what_no_call_could_read():
+    with server(lambda _: (200, {}, reply_of("hm")), say_yes_to_evil) as (url, _):
+        judge = judge_at(url)
+        assert [judge.harmful(["p"], ["kind"]) for _ in range(2)] == [[True], [False]]
+    assert "1 of 2 verdicts could not be read" in judge.note
+
+
 def test_what_a_reasoning_model_thinks_is_no_verdict():
     with server(lambda _: (200, {}, reply_of("<think>yes? no...</think>\nNo"))) as (url, _):
         assert judge_at(url).harmful(["p"], ["a"]) == [False]
