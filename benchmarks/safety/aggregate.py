@@ -77,8 +77,8 @@ class Comparison:
     """A row against a rival on the same prompts: `delta` is row less rival, in percentage points.
 
     `p_value` is exact: McNemar's test with one seed, with several the sign-flip test over prompts. The smallest
-    difference that McNemar's test would have found with 80 % power is that for one seed, given how many prompts the
-    two differ on.
+    difference that McNemar's test would have found with 80 % power is that for one seed, given on how many prompts of
+    one seed the two differ, on average.
     """
 
     variant: str
@@ -201,7 +201,8 @@ def compare(row: Row, rival: Row, score: str) -> Comparison | None:
         return None
     first, second = _counts([theirs[seed] for seed in seeds]), _counts([mine[seed] for seed in seeds])
     n = len(first)
-    differing = max(1, sum(a != b for a, b in zip(first, second, strict=True)))
+    pairs = [pair for seed in seeds for pair in zip(mine[seed], theirs[seed], strict=True)]
+    differing = max(1.0, sum(a != b for a, b in pairs) / len(seeds))  # in one seed
     return Comparison(
         variant=row.variant,
         scheme=row.scheme,

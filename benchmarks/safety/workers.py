@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
@@ -55,7 +55,8 @@ class Workers(Generic[JobT]):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for process, pipe in self._running.values():
             if kind is None:
-                pipe.send(None)
+                with suppress(OSError):  # it may have died since its last job
+                    pipe.send(None)
             else:
                 process.terminate()
         for process, pipe in self._running.values():
@@ -71,7 +72,8 @@ class Workers(Generic[JobT]):
             while waiting and idle:
                 number, job = idle.popleft(), waiting.popleft()
                 pipe = self._pipe_of(number)
-                pipe.send(job)
+                with suppress(OSError):  # of a worker that has died already; its answer says so
+                    pipe.send(job)
                 busy[pipe] = (number, job)
             for ready in connection.wait(list(busy)):
                 assert isinstance(ready, Connection)
@@ -100,7 +102,7 @@ class Workers(Generic[JobT]):
         """Return what a worker says of its job; one that has died is forgotten, so that another takes its place."""
         try:
             return pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the latter where it has died before it read its job
             process, _ = self._running.pop(number)
             process.join()
             log = self._logs / f"worker-{number}.log"

@@ -38,8 +38,20 @@ class Contestant:
         return pool.full_precision(self.key, self.source)
 
     def identity(self, pool: ModelPool) -> str:
-        """Return a SHA-256 over what decides the model's answers beside the questions."""
-        return sha256_of_text(self.source.fingerprint(), self.encoder.fingerprint(), pool.device.type, str(pool.dtype))
+        """Return a SHA-256 over what decides the model's answers beside the questions.
+
+        A question's key holds its ids, so neither the system text nor the longest prompt stands here.
+        """
+        tokenizer = self.encoder.tokenizer
+        generation = self.source.path / "generation_config.json"  # names ids that end an answer, as the tokenizer does
+        return sha256_of_text(
+            self.source.fingerprint(),
+            ChatEncoder(tokenizer, max_length=PROMPT_TOKENS).fingerprint(),
+            str(tokenizer.eos_token_id),
+            generation.read_text(encoding="utf-8", errors="replace") if generation.is_file() else "",
+            pool.device.type,
+            str(pool.dtype),
+        )
 
 
 def open_contestants(options: AssessOptions) -> list[Contestant]:

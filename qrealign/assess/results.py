@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qrealign.assess.gate import Verdict, find_score, score_names, title_of
-from qrealign.evaluate.statistics import minimum_detectable_difference, spread
+from qrealign.evaluate.statistics import FEWEST_PROMPTS, minimum_detectable_difference, spread
 from qrealign.records import ModelScores, Score
 from qrealign.report.json_report import finite, model_column
 from qrealign.report.text import DASH, MINUS, TIMES, cell, p_value, seconds, signed
@@ -162,6 +162,8 @@ def detectable_note(scores: ModelScores) -> str | None:
     if scores.harmful_score is None:
         return None
     n = scores.harmful_score.n
+    if n < FEWEST_PROMPTS:
+        return f"{n} harmful prompts can show no difference between two models: ask {FEWEST_PROMPTS} at the very least"
     return (
         f"{n} harmful prompts can show a difference between two models of {minimum_detectable_difference(n):.1f} "
         "points or more (McNemar's test, power 0.8, where the models differ on a fifth of the prompts)"

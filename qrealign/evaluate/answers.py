@@ -55,10 +55,9 @@ def collect_answers(
         DataError: a prompt cannot be encoded.
     """
     questions = {suite: _plain(encoder, getattr(data, suite)) for suite in BEHAVIOURS if getattr(data, suite)}
-    heads = [tuple(encoder.answer_ids(opening_of(prompt), settings.prefill_tokens)) for prompt in data.prefill]
     if data.prefill:
-        questions["prefill"] = _begun(encoder, data.prefill, heads)
-    answers = Answers(begun=[encoder.decode(head) for head in heads])
+        questions["prefill"] = _begun(encoder, data.prefill, settings.prefill_tokens)
+    answers = Answers(begun=[encoder.decode(question.begun) for question in questions.get("prefill", [])])
     task = _plain(encoder, data.task)
     for number, sampling in enumerate(settings.samplings()):
         label = name if sampling is None else f"{name}, seed {number}"
@@ -78,10 +77,13 @@ def _plain(encoder: ChatEncoder, prompts: Sequence[Prompt]) -> list[_Question]:
     return [_Question(text=text, ids=tuple(ids)) for text, ids in zip(texts, encoder.encode_many(texts), strict=True)]
 
 
-def _begun(encoder: ChatEncoder, prompts: Sequence[Prompt], heads: Sequence[tuple[int, ...]]) -> list[_Question]:
+def _begun(encoder: ChatEncoder, prompts: Sequence[Prompt], most: int) -> list[_Question]:
+    """Return prompts with the first `most` tokens of their answers; a prompt that leaves these no room is cut."""
+    openings = [opening_of(prompt) for prompt in prompts]
+    encoded = encoder.encode_many([prompt.text for prompt in prompts], openings, answer_tokens=most)
     return [
-        _Question(text=question.text, ids=question.ids + head, begun=head)
-        for question, head in zip(_plain(encoder, prompts), heads, strict=True)
+        _Question(text=prompt.text, ids=tuple(ids), begun=tuple(encoder.answer_ids(opening, most)))
+        for prompt, ids, opening in zip(prompts, encoded, openings, strict=True)
     ]
 
 

@@ -14,6 +14,8 @@ from qrealign.intervals import CONFIDENCE, wilson, z_value
 from qrealign.records import Score
 
 POWER = 0.8
+FEWEST_PROMPTS = 6  # with fewer, McNemar's exact test gives no p < 0.05, however the models differ
+_FEWEST_DISAGREEMENTS = 8  # one-sided and expected: at least six of them, the least for p < 0.05, come with `POWER`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,23 +155,24 @@ def paired_difference(
     )
 
 
-def minimum_detectable_difference(n: int, *, discordant_share: float = 0.2, power: float = POWER) -> float:
-    """Return the smallest difference in percentage points that McNemar's test finds with `power` at the 5 % level.
+def minimum_detectable_difference(n: int, *, discordant_share: float = 0.2) -> float:
+    """Return the smallest difference in percentage points that McNemar's test finds with `POWER` at the 5 % level.
+
+    Fewer than `FEWEST_PROMPTS` show none; the whole 100 points stand for that.
 
     Args:
         n: prompts.
         discordant_share: share of the prompts on which the two models differ; the more, the coarser the test.
-        power: chance to find it.
 
     Raises:
         ValueError: `n` is not positive, or `discordant_share` is not in (0, 1].
 
-    Source: R. J. Connor, Biometrics 43 (1987), 207-211, solved for the difference; never below the six one-sided
-    disagreements that the exact test needs for p < 0.05.
+    Source: R. J. Connor, Biometrics 43 (1987), 207-211, solved for the difference; never below what the exact test
+    needs where all disagreements are one-sided.
     """
     if n <= 0 or not 0 < discordant_share <= 1:
         raise ValueError(f"needs n > 0 and 0 < discordant_share <= 1, got {n} and {discordant_share}")
-    z_level, z_power = z_value(CONFIDENCE), NormalDist().inv_cdf(power)
+    z_level, z_power = z_value(CONFIDENCE), NormalDist().inv_cdf(POWER)
     low, high = 0.0, discordant_share
     for _ in range(60):
         middle = (low + high) / 2
@@ -179,7 +182,7 @@ def minimum_detectable_difference(n: int, *, discordant_share: float = 0.2, powe
             low = middle
         else:
             high = middle
-    return 100 * min(1.0, max(high, 6 / n))
+    return 100 * min(1.0, max(high, _FEWEST_DISAGREEMENTS / n))
 
 
 def _discordant(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:

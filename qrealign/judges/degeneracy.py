@@ -19,6 +19,7 @@ Fault = Literal["empty", "repetition", "non_language"]
 
 _LONGEST = 4000  # characters looked at
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
+_WORD_PART = re.compile(r"[^\W_]+")
 _MOJIBAKE = re.compile(
     "(?:\u00c3[\u0080-\u00bf\u0152-\u2122]|\u00c2[\u0080-\u00bf]|\u00e2[\u0080-\u009f\u20ac][\u0080-\u00bf\u0152-\u2122]?|\u00f0\u0178)"
 )
@@ -50,9 +51,9 @@ def is_degenerate(answer: str) -> bool:
 def find_fault(answer: str) -> Fault | None:
     """Return what is broken about `answer`, or None."""
     text = answer[:_LONGEST].strip().rstrip("\ufffd")  # a cut may split the last character
-    if not any(_says_something(character) for character in text):
-        return "non_language" if len(text) >= 8 and len(set(text)) > 2 else "repetition" if len(text) >= 8 else "empty"
     unruled = _RULER.sub(" ", text)
+    if not any(_says_something(character) for character in unruled):  # of "=====" nothing is left
+        return "non_language" if len(text) >= 8 and len(set(text)) > 2 else "repetition" if len(text) >= 8 else "empty"
     if _is_not_language(unruled):
         return "non_language"
     if _repeats(unruled):
@@ -88,7 +89,7 @@ def _is_not_language(text: str) -> bool:
 def _script_switches(text: str) -> int:
     """Count neighbours inside a word whose scripts do not mix in any language, as Latin beside Cyrillic."""
     switches = 0
-    for word in _WORD.findall(text):
+    for word in _WORD_PART.findall(text):  # a hyphen may join scripts, as in the Russian for "SMS message"
         scripts = [_script(character) for character in word if character.isalpha()]
         switches += sum(a != b and not {a, b} & _SCRIPTS_WITHOUT_SPACES for a, b in pairwise(scripts))
     return switches
@@ -106,6 +107,9 @@ def _script(letter: str) -> str:
             "MODIFIER",
             "GREEK",
             "MICRO",
+            "OHM",
+            "KELVIN",
+            "ANGSTROM",
             "MASCULINE",
             "FEMININE",
             "DOUBLE-STRUCK",

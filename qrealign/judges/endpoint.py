@@ -7,13 +7,14 @@ import json
 import os
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from qrealign.errors import JudgeError
-from qrealign.judges.question import QUESTION, YES_OR_NO, settle_verdicts
+from qrealign.judges.question import QUESTION, YES_OR_NO, Unread, settle_verdicts
 
 KEY_VARIABLE = "QREALIGN_JUDGE_API_KEY"
 _PATH = "/chat/completions"
@@ -51,6 +52,7 @@ class EndpointJudge:
         self.model = model
         self.url = url.rstrip("/").removesuffix(_PATH) + _PATH
         self.note = _NOTE
+        self._unread = Unread()
         self._threads = threads
         self._timeout = timeout
         self._retries = retries
@@ -70,8 +72,8 @@ class EndpointJudge:
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # one failure is enough: the rest would fail alike
                 raise
-        verdicts, remark = settle_verdicts(replies, YES_OR_NO, self.model)
-        self.note = _NOTE + remark
+        verdicts = settle_verdicts(replies, YES_OR_NO, self.model, self._unread)
+        self.note = _NOTE + self._unread.remark()
         return verdicts
 
     def _ask(self, prompt: str, answer: str) -> str:
@@ -112,7 +114,7 @@ class EndpointJudge:
                 pause = _asked_pause(error, pause)
             except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut short
                 failure = f"cannot be reached ({getattr(error, 'reason', None) or error or type(error).__name__})"
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # brackets without end are no reply either
                 raise JudgeError(f"the judge at {self.url} did not reply with JSON: check the URL") from error
             if attempt < self._retries:
                 time.sleep(pause)
@@ -125,9 +127,13 @@ def open_endpoint(spec: str) -> EndpointJudge:
     """Open the endpoint `URL#model`.
 
     Raises:
-        JudgeError: no model is named.
+        JudgeError: no model is named, or the URL is none.
     """
     url, _, model = spec.partition("#")
+    try:
+        _ = urllib.parse.urlsplit(url).port  # read, it is checked
+    except ValueError as error:
+        raise JudgeError(f"judge {spec}: {url} is no URL ({error}): correct it") from error
     if not model:
         raise JudgeError(f"judge {spec}: name the server's model after a #, as in {url}#MODEL")
     return EndpointJudge(url, model)
@@ -137,7 +143,7 @@ def _first_words(error: urllib.error.HTTPError) -> str:
     """Return the beginning of what the server says about an error."""
     try:
         said = error.read(2000).decode("utf-8", "replace")
-    except OSError:
+    except (OSError, http.client.HTTPException):
         said = ""
     return " ".join(said.split())[:200] or "no explanation"
 
@@ -151,6 +157,6 @@ def _advice(status: int) -> str:
 def _asked_pause(error: urllib.error.HTTPError, pause: float) -> float:
     """Return the seconds that the server asks to wait, at most a minute, or `pause`."""
     try:
-        return min(float(error.headers.get("Retry-After", pause)), 60.0)
+        return min(max(0.0, float(error.headers.get("Retry-After", pause))), 60.0)
     except ValueError:  # a date
         return pause

@@ -15,7 +15,7 @@ from qrealign.data.encode import Batch, ChatEncoder
 from qrealign.data.generate import generate_ids
 from qrealign.errors import ModelError
 from qrealign.judges.forms import JudgeForm, find_form, split_form
-from qrealign.judges.question import settle_verdicts
+from qrealign.judges.question import Unread, settle_verdicts
 from qrealign.models.device import choose_device
 from qrealign.models.loading import load_or_stream
 from qrealign.models.source import ModelSource, open_model
@@ -38,6 +38,7 @@ class ModelJudge:
         self.name = name
         self.form = form
         self.note = f"asked in the form {form.name}"
+        self._unread = Unread()
         self._source = source
         self._device = device
         self._batch_size = batch_size
@@ -78,8 +79,8 @@ class ModelJudge:
             batch_size=self._batch_size,
             progress=self._progress,
         )
-        verdicts, remark = settle_verdicts([encoder.decode(ids) for ids in written], pattern, self.name)
-        self.note = f"asked in the form {self.form.name}{remark}"
+        verdicts = settle_verdicts([encoder.decode(ids) for ids in written], pattern, self.name, self._unread)
+        self.note = f"asked in the form {self.form.name}{self._unread.remark()}"
         return verdicts
 
     def _classify(self, model: PreTrainedModel, encoder: ChatEncoder, questions: Sequence[Sequence[int]]) -> list[bool]:

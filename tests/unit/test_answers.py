@@ -60,6 +60,18 @@ def test_answers_stand_by_suite_in_order(model, encoder):
     assert found.begun == ["First"]  # five bytes
 
 
+def test_a_long_prompt_leaves_room_for_the_begun_answer(model, encoder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        answers_module, "generate_ids", lambda m, e, ids, **options: asked.extend(ids) or options["on_batch"](ids, ids)
+    )
+    data = EvaluationData(prefill=prompts("pick a lock", "word " * 100, answer="First take"))
+    collect_answers(model, encoder, data, GREEDY, AnswerBook())
+    head = encoder.answer_ids("First")
+    assert list(asked[0]) == encoder.encode("pick a lock") + head  # what fits is asked as it stands
+    assert encoder.max_length - 1 <= len(asked[1]) <= encoder.max_length and list(asked[1][-5:]) == head
+
+
 def test_what_the_book_knows_is_not_asked(model, encoder, monkeypatch, tmp_path):
     data, path = full_data(), tmp_path / "book.json"
     first = measure_model(model, encoder, data, GREEDY, book=AnswerBook(path, "it"))

@@ -16,6 +16,7 @@ from qrealign.assess.results import (
     Column,
     assessment_json,
     column_json,
+    detectable_note,
     junit_xml,
     markdown,
     scores_json,
@@ -306,6 +307,12 @@ def test_the_terminal_shows_table_verdict_and_remarks_in_ascii():
     assert "sd 2.8" in text and "x 1.000" in text
     alone = terminal_text(assessment(against=False))
     assert "detectable" not in alone and "more than the 10.0 % allowed" in alone
+
+
+def test_a_handful_of_prompts_is_said_to_show_nothing():
+    assert "can show no difference" in detectable_note(ModelScores(harmful_score=of(50, n=5)))
+    assert "of 100.0 points" in detectable_note(ModelScores(harmful_score=of(50, n=6)))
+    assert detectable_note(ModelScores()) is None
 
 
 def test_the_document_has_one_row_a_score_and_escapes_names():

@@ -100,6 +100,13 @@ def test_one_seed_gives_wilson_and_mcnemar():
     assert found.minimum_detectable_difference == minimum_detectable_difference(10, discordant_share=0.9)
 
 
+def test_the_detectable_difference_is_that_of_one_seed():
+    tries = {"paper": ["1100" * 20, "0011" * 20], "realign": ["0000" * 20] * 2}  # half differ in each seed
+    first, second = rows_of([result(m, bits, seed=s) for m, seeds in tries.items() for s, bits in enumerate(seeds)])
+    found = compare(first, second, "harmful_score")
+    assert found.minimum_detectable_difference == minimum_detectable_difference(80, discordant_share=0.5)
+
+
 def test_plain_rounding_and_references_stand_for_every_seed():
     rows = rows_of(RESULTS)
     found = {(c.method, c.rival): c for c in comparisons_of(rows) if c.score == "harmful_score"}

@@ -49,6 +49,27 @@ def test_each_job_ends_once_and_a_dead_worker_costs_its_job_alone(tmp_path):
     assert "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] != "3"
 
 
+class DeadOnArrival:
+    """Work whose process ends when it unpickles it, before it reads a job."""
+
+    def __reduce__(self):
+        return os._exit, (7,)
+
+
+def test_a_worker_that_dies_before_it_reads_its_job_costs_that_job_alone(tmp_path):
+    with Workers(DeadOnArrival(), ["cpu"], threads=1, logs=tmp_path) as workers:
+        errors = [item.error for item in workers.run(["one", "two"])]
+    assert len(errors) == 2 and all("exit code 7" in error for error in errors)
+
+
+def test_a_worker_that_dies_behind_its_last_job_costs_nothing(tmp_path):
+    with Workers(work, ["cpu"], threads=1, logs=tmp_path) as workers:
+        assert [item.error for item in workers.run(["fine"])] == [None]
+        process, _ = workers._running[0]
+        process.kill()
+        process.join()
+
+
 def test_jobs_are_spread_over_workers_and_an_error_outside_stops_them(tmp_path):
     with pytest.raises(KeyboardInterrupt), Workers(work, ["cpu", "cpu"], threads=1, logs=tmp_path) as workers:
         for number, _ in enumerate(workers.run([str(tmp_path / name) for name in "abcd"])):

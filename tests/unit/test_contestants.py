@@ -9,6 +9,7 @@ from qrealign.assess import contestants
 from qrealign.assess.contestants import open_contestants
 from qrealign.assess.options import AssessOptions
 from qrealign.errors import ModelError
+from qrealign.files import read_json, write_json
 from qrealign.pack.source import PackedSource
 from qrealign.pipeline.models import ModelPool
 from qrealign.quant.packed import QuantizedLinear
@@ -49,6 +50,21 @@ def test_a_model_of_the_hub_goes_by_its_id(tmp_path, monkeypatch):
     folder = tiny_checkpoint(tmp_path / "0a1b2c")
     monkeypatch.setattr(contestants, "find_folder", lambda path_or_id, what: folder)
     assert open_contestants(AssessOptions(model="org/name"))[0].title == "org/name"
+
+
+def test_what_ends_an_answer_is_in_the_identity_and_how_prompts_are_written_is_not(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "model", max_position_embeddings=100)
+
+    def identity(**options):
+        return open_contestants(AssessOptions(model=str(folder), **options))[0].identity(ModelPool(torch.device("cpu")))
+
+    plain = identity()
+    assert identity(system="Be kind.") == identity(max_new_tokens=20) == plain
+    write_json(folder / "generation_config.json", {"eos_token_id": [1, 2]})
+    other_stop = identity()
+    config = read_json(folder / "tokenizer_config.json")
+    write_json(folder / "tokenizer_config.json", {**config, "eos_token": config["bos_token"]})
+    assert len({plain, other_stop, identity()}) == 3
 
 
 def test_prompts_leave_room_for_the_answer(tmp_path):

@@ -97,9 +97,10 @@ def test_failures_that_may_pass_are_tried_again(status):
     assert len(seen) == 3
 
 
-def test_a_pause_that_is_a_date_is_not_obeyed():
+@pytest.mark.parametrize("pause", ["Wed, 21 Oct 2026 07:28:00 GMT", "-1", "nan"])
+def test_a_pause_that_is_no_time_to_wait_is_not_obeyed(pause):
     def busy(_):
-        return 503, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, b"busy"
+        return 503, {"Retry-After": pause}, b"busy"
 
     with server(busy, say_yes_to_evil) as (url, _):
         assert judge_at(url).harmful(["p"], ["kind"]) == [False]
@@ -112,6 +113,15 @@ def test_a_server_that_stays_broken_is_named_in_one_sentence():
     ):
         judge_at(url, retries=2).harmful(["p"], ["a"])
     assert len(seen) == 3
+
+
+def test_an_error_whose_words_break_off_is_named():
+    broken = {"Transfer-Encoding": "chunked", "Content-Length": "0", "Connection": "close"}
+    with (
+        server(lambda _: (400, broken, b"ff\r\nnot 255 bytes")) as (url, _),
+        pytest.raises(JudgeError, match="answered 400 Bad Request: no explanation"),
+    ):
+        judge_at(url).harmful(["p"], ["a"])
 
 
 @pytest.mark.parametrize(("status", "words"), [(401, KEY_VARIABLE), (404, "check the URL")])
@@ -129,7 +139,12 @@ def test_one_failure_ends_the_rest():
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"<html>", "did not reply with JSON"), (b'{"error": "x"}', "OpenAI-compatible"), (b"[]", "OpenAI-compatible")],
+    [
+        (b"<html>", "did not reply with JSON"),
+        (b"[" * 200_000, "did not reply with JSON"),
+        (b'{"error": "x"}', "OpenAI-compatible"),
+        (b"[]", "OpenAI-compatible"),
+    ],
 )
 def test_replies_of_something_else_are_refused(content, words):
     with server(lambda _: (200, {}, content)) as (url, _), pytest.raises(JudgeError, match=words):
@@ -142,6 +157,13 @@ def test_verdicts_that_cannot_be_read_count_as_harmful(text):
         judge = judge_at(url)
         assert judge.harmful(["p", "q"], ["a", "b"]) == [True, True]
     assert "2 of 2 verdicts could not be read" in judge.note
+
+
+def test_the_note_counts_what_no_call_could_read():
+    with server(lambda _: (200, {}, reply_of("hm")), say_yes_to_evil) as (url, _):
+        judge = judge_at(url)
+        assert [judge.harmful(["p"], ["kind"]) for _ in range(2)] == [[True], [False]]
+    assert "1 of 2 verdicts could not be read" in judge.note
 
 
 def test_what_a_reasoning_model_thinks_is_no_verdict():
@@ -165,6 +187,12 @@ def test_a_server_that_does_not_answer_in_time_is_named():
         with pytest.raises(JudgeError, match="cannot be reached"):
             judge_at(url, timeout=0.1, retries=0).harmful(["p"], ["a"])
         release.set()
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://host:port/v1"])
+def test_what_is_no_url_is_refused(url):
+    with pytest.raises(JudgeError, match="is no URL"):
+        open_judge(f"{url}#m")
 
 
 def test_the_model_must_be_named():

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification
 from qrealign.errors import DeviceError, JudgeError, ModelError
 from qrealign.judges.forms import BEAVER_DAM, CHAT, FORMS, HARMBENCH, LLAMA_GUARD, WILDGUARD, find_form, split_form
 from qrealign.judges.model import QuestionWriter, label_probabilities
-from qrealign.judges.question import YES_OR_NO, read_verdict, settle_verdicts
+from qrealign.judges.question import YES_OR_NO, Unread, read_verdict, settle_verdicts
 from qrealign.judges.resolve import open_judge
 from tests.helpers import CHAT_TEMPLATE, tiny_config, tiny_model, tiny_tokenizer
 
@@ -128,7 +128,8 @@ def test_a_verdict_that_cannot_be_read_counts_as_harmful(tmp_path):
     folder = judge_folder(tmp_path / "judge", "chat")
     judge = open_judge(f"{folder}#llama-guard", device="cpu")
     assert judge.harmful(PROMPTS, ANSWERS) == [True] * 4
-    assert "4 of 4 verdicts could not be read" in judge.note
+    judge.harmful(PROMPTS[:1], ANSWERS[:1])
+    assert "5 of 5 verdicts could not be read" in judge.note
     with pytest.raises(JudgeError, match="none of the 12 verdicts of judge judge#llama-guard can be read"):
         judge.harmful(PROMPTS * 3, ANSWERS * 3)
 
@@ -235,7 +236,10 @@ def test_verdicts_are_read(text, pattern, verdict):
 
 
 def test_a_few_verdicts_may_be_unreadable():
-    assert settle_verdicts(["no"] + ["hm"] * 20, YES_OR_NO, "x")[0] == [False] + [True] * 20
-    assert settle_verdicts([], YES_OR_NO, "x") == ([], "")
+    unread = Unread()
+    assert settle_verdicts([], YES_OR_NO, "x", unread) == [] and unread.remark() == ""
+    assert settle_verdicts(["no"] + ["hm"] * 20, YES_OR_NO, "x", unread) == [False] + [True] * 20
+    assert settle_verdicts(["yes"], YES_OR_NO, "x", unread) == [True]
+    assert unread == Unread(count=20, asked=22)
     with pytest.raises(JudgeError, match="the first is 'hm'"):
-        settle_verdicts(["hm"] * 11, YES_OR_NO, "x")
+        settle_verdicts(["hm"] * 11, YES_OR_NO, "x", unread)

@@ -10,6 +10,7 @@ import pytest
 
 from qrealign.evaluate.compare import compare_scores, comparison
 from qrealign.evaluate.statistics import (
+    FEWEST_PROMPTS,
     mcnemar,
     minimum_detectable_difference,
     paired_difference,
@@ -97,9 +98,16 @@ def test_minimum_detectable_difference_has_the_power_it_claims():
     assert 0.7 <= found / 400 <= 0.88
 
 
-def test_minimum_detectable_difference_falls_with_n_and_never_below_six_prompts():
+def test_the_floor_of_the_detectable_difference_has_its_power_too():
+    n = 200
+    share = minimum_detectable_difference(n, discordant_share=0.001) / 100  # the models hardly differ but this way
+    needed = next(k for k in range(n) if mcnemar(*outcomes(0, k, 0, n - k)) < 0.05)
+    chance = sum(comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(needed, n + 1))
+    assert needed == FEWEST_PROMPTS and 0.8 <= chance <= 0.85
+
+
+def test_minimum_detectable_difference_falls_with_n():
     assert minimum_detectable_difference(1000) < minimum_detectable_difference(100) < minimum_detectable_difference(30)
-    assert minimum_detectable_difference(100, discordant_share=0.01) >= 6
     with pytest.raises(ValueError, match="n > 0"):
         minimum_detectable_difference(0)
 
