@@ -36,7 +36,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
     report = run(options, say)
     if report is not None:
-        print(json.dumps(build_json(report), ensure_ascii=False) if options.json else terminal_table(report))
+        print(json.dumps(build_json(report)) if options.json else terminal_table(report))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Callable
@@ -21,6 +22,9 @@ def exit_status(run: Callable[[], int], *, interrupted: str) -> int:
         run: the command.
         interrupted: what an interrupted user is told: how to go on.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As standard error does: a name that the terminal cannot show must not cost the results.
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         return int(run())

@@ -61,7 +61,8 @@ def finished(plan: Plan, job: Job) -> bool:
     if not file.is_file():
         return False
     try:
-        return "error" not in (found := read_json(file)) and found["identity"] == identity(plan, job)
+        found = read_json(file)
+        return isinstance(found, dict) and "error" not in found and found.get("identity") == identity(plan, job)
     except (QrealignError, ValueError):  # whatever is wrong, the worker says it
         return False
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from qrealign.assess.options import AssessOptions
 from qrealign.data.encode import ChatEncoder
 from qrealign.demo import demo_paths
-from qrealign.errors import ModelError
+from qrealign.errors import ConfigError, ModelError
 from qrealign.files import sha256_of_text
 from qrealign.models.location import find_folder
 from qrealign.models.source import ModelSource, open_model
@@ -18,7 +18,7 @@ from qrealign.pack.source import PackedSource, is_packed, open_packed
 from qrealign.pipeline.models import ModelPool
 
 PROMPT_TOKENS = 1024  # most tokens of a prompt with its answer's beginning
-_FEWEST_TOKENS = 32  # left for the prompt, however short the positions that a model knows
+_FEWEST_TOKENS = 32  # left for the prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,7 @@ def open_contestants(options: AssessOptions) -> list[Contestant]:
     """Open the model and the one to compare it with, where there is one; no weights are read.
 
     Raises:
+        ConfigError: the answers would leave no room for a prompt.
         ModelError: a model, adapter or tokenizer cannot be used; subclasses say why.
     """
     demo = demo_paths()
@@ -90,7 +91,12 @@ def open_any(path_or_id: str, adapter: str | None) -> ModelSource:
 def _contestant(key: str, given: str, adapter: str | None, options: AssessOptions) -> Contestant:
     source = open_any(given, adapter)
     positions = getattr(source.config, "max_position_embeddings", None) or PROMPT_TOKENS + options.max_new_tokens
-    length = max(_FEWEST_TOKENS, min(PROMPT_TOKENS, positions - options.max_new_tokens))
+    length = min(PROMPT_TOKENS, positions - options.max_new_tokens)
+    if length < _FEWEST_TOKENS:  # beyond its positions a model fails or, worse, goes on with nonsense
+        raise ConfigError(
+            f"--max-new-tokens {options.max_new_tokens} leaves a prompt {max(0, length)} of the {positions} positions "
+            f"of {given}, and it needs {_FEWEST_TOKENS}: ask for at most {positions - _FEWEST_TOKENS}"
+        )
     encoder = ChatEncoder(source.tokenizer(), max_length=length, system=options.system)
     # A model of the Hub lies in a folder that is called by its commit.
     name = source.name if Path(given).expanduser().is_dir() else source.name.replace(source.path.name, given, 1)

@@ -53,7 +53,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         write_text(Path(options.junit), junit_xml(found))
     if options.json:
         say(terminal_text(found))
-    print(json.dumps(scores_json(found), ensure_ascii=False) if options.json else terminal_text(found))
+    print(json.dumps(scores_json(found)) if options.json else terminal_text(found))
     return VERDICT_FAILED if found.verdict.passed is False else 0
 
 
@@ -178,7 +178,11 @@ def _check_place(given: str | None, flag: str, kind: Literal["file", "folder"]) 
     if given is None:
         return
     path = Path(given).absolute()
-    if path.exists() and path.is_dir() != (kind == "folder"):
+    try:
+        there = path.exists()
+    except OSError as error:  # a name that is too long, a folder that is closed
+        raise ConfigError(f"{flag} {given} cannot be used ({error.strerror}): name another {kind}") from error
+    if there and path.is_dir() != (kind == "folder"):
         raise ConfigError(f"{flag} {given} is a {'folder' if path.is_dir() else 'file'}: name a {kind}")
     holder = next(parent for parent in (path, *path.parents) if parent.exists())
     if (holder != path and not holder.is_dir()) or not os.access(holder, os.W_OK):

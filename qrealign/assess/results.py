@@ -11,6 +11,7 @@ from qrealign.assess.gate import Verdict, find_score, score_names, title_of
 from qrealign.evaluate.statistics import FEWEST_PROMPTS, minimum_detectable_difference, spread
 from qrealign.records import ModelScores, Score
 from qrealign.report.json_report import finite, model_column
+from qrealign.report.markdown import escape
 from qrealign.report.text import DASH, MINUS, TIMES, cell, p_value, seconds, signed
 
 Harness = dict[str, dict[str, float]]
@@ -127,10 +128,15 @@ def terminal_text(found: Assessment) -> str:
 def markdown(found: Assessment) -> str:
     """Return the results as a Markdown document."""
     header, *rows = table_rows(found)
-    lines = [f"# Evaluation of {found.model.title}", "", _row(header), _row(["---", *["--:"] * (len(header) - 1)])]
+    lines = [
+        f"# Evaluation of {escape(found.model.title)}",
+        "",
+        _row(header),
+        _row(["---", *["--:"] * (len(header) - 1)]),
+    ]
     lines += [_row(row) for row in rows]
-    lines += ["", f"**{_verdict_line(found)}**", "", *(f"- {reason}" for reason in found.verdict.reasons), ""]
-    lines += [f"- Note: {note}." for note in found.notes]
+    lines += ["", f"**{_verdict_line(found)}**", "", *(f"- {escape(reason)}" for reason in found.verdict.reasons), ""]
+    lines += [f"- Note: {escape(note)}." for note in found.notes]
     lines += ["", "Brackets are 95 % intervals. Settings:", ""]
     lines += [f"- {name}: {value}" for name, value in {**found.settings, **found.versions}.items()]
     return "\n".join(lines) + "\n"
@@ -209,4 +215,4 @@ def _verdict_line(found: Assessment) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(text.replace('|', chr(92) + '|') for text in cells)} |"
+    return f"| {' | '.join(map(escape, cells))} |"

@@ -195,4 +195,4 @@ def _questions(sources: Sequence[_Source], options: AssessOptions) -> list[Choic
         if options.limit is not None and options.limit < len(questions):
             questions = sorted(questions, key=lambda question: sha256_of_text(question.body))[: options.limit]
         found += questions
-    return found
+    return list(dict.fromkeys(found))

@@ -160,7 +160,9 @@ def _prefill_prompts(rows: list[Row], location: str) -> list[Prompt]:
         (row, text)
         for row, text in zip(rows, _texts(rows, _TEXT_FIELDS, location), strict=True)
         if field is None
-        or (_label_of(row, field, location) is Label.MALICIOUS and str(_get(row, field)).casefold() != "refusal")
+        or (
+            _label_of(row, field, location) is Label.MALICIOUS and str(_get(row, field)).strip().casefold() != "refusal"
+        )
     ]
     if not kept:
         raise DataError(

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from pathlib import Path
@@ -18,6 +19,7 @@ Row = dict[str, Any]
 
 FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(?::[\w.-]+)?")
+_TOO_MUCH = "it holds a number of thousands of digits, or brackets nested too deep: take that out"
 _LIST_KEYS = ("data", "rows", "prompts", "examples", "train", "test")
 
 
@@ -29,7 +31,7 @@ def split_spec(spec: str) -> tuple[str, dict[str, list[str]]]:
     Raises:
         DataError: the part after `?` is not a list of `field=value`.
     """
-    if "?" not in spec or Path(spec).exists():
+    if "?" not in spec or os.path.exists(spec):
         return spec, {}
     location, _, query = spec.partition("?")
     conditions: dict[str, list[str]] = {}
@@ -80,7 +82,7 @@ def read_rows(location: str, *, paragraphs: bool = False) -> list[Row]:
         DataError: missing, empty, unreadable or malformed, or a format that is not known.
     """
     path = Path(location).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists() raises where a name is too long or a folder is closed
         if _HUB_ID.fullmatch(location) and not _bare_name(path).endswith(FORMATS):
             return _read_hub(location)
         raise DataError(
@@ -134,11 +136,16 @@ def _parse(text: str, suffix: str, location: str, paragraphs: bool) -> list[Row]
 
 def _parse_json(text: str, location: str) -> list[Row]:
     try:
-        value = json.loads(text)
+        return _rows_of(json.loads(text), location)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # JSON Lines under the name .json
             return _parse_lines(text, location)
         raise DataError(f"{location} is not valid JSON (line {error.lineno}: {error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{location} cannot be read: {_TOO_MUCH}") from error
+
+
+def _rows_of(value: Any, location: str) -> list[Row]:
     if isinstance(value, dict):
         value = next((value[key] for key in _LIST_KEYS if isinstance(value.get(key), list)), None)
     if not isinstance(value, list):
@@ -155,10 +162,19 @@ def _parse_lines(text: str, location: str) -> list[Row]:
             rows.append(_as_row(json.loads(line), location, number))
         except json.JSONDecodeError as error:
             raise DataError(f"{location} is not valid JSON Lines (line {number}: {error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{location} cannot be read (line {number}): {_TOO_MUCH}") from error
     return rows
 
 
 def _as_row(item: Any, location: str, number: int) -> Row:
+    try:
+        json.dumps(item, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # "\ud83d" without its second half: no tokenizer and no file takes it
+        raise DataError(
+            f"row {number} of {location} holds half a character (a lone surrogate, as of an emoji that was cut): "
+            "remove it or write it whole"
+        ) from error
     if isinstance(item, str):
         return {"prompt": item}
     if not isinstance(item, dict):

@@ -29,7 +29,9 @@ class Task:
             return None
         text = str(value).strip()
         if self.classes:
-            if text.isdigit() and int(text) < len(self.classes):
+            if (
+                len(text) < 10 and text.isdecimal() and int(text) < len(self.classes)
+            ):  # int() refuses "²", and very many
                 return self.classes[int(text)]
             return next((name for name in self.classes if name.casefold() == text.casefold()), None)
         return final_number(text)

@@ -71,7 +71,7 @@ class AnswerBook:
             value = read_json(path)
             same = value["identity"] == self.identity
             entries: dict[Section, dict[str, Any]] = {section: dict(value[section]) for section in SECTIONS}
-            count = sum(len(section) for section in entries.values())
+            count = len([entry["value"] for section in entries.values() for entry in section.values()])
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
             self.note = f"{path} is no answer file of this project's: it is replaced"
             return

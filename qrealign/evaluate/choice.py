@@ -15,7 +15,7 @@ from tqdm import tqdm
 from qrealign.data.batching import run_in_batches
 from qrealign.data.encode import ChatEncoder
 from qrealign.data.generate import find_device, last_logits_only
-from qrealign.errors import ModelError
+from qrealign.errors import DataError, ModelError
 from qrealign.evaluate.book import AnswerBook, key_of
 
 LETTERS = "ABCDEFGHIJ"
@@ -81,6 +81,7 @@ def choose_options(
         progress: text before the progress bar on standard error, None for no bar.
 
     Raises:
+        DataError: an option alone is too long for the model.
         ModelError: the model's cache cannot be copied, and the options are longer than a token.
         DeviceError: the memory does not hold a single question.
     """
@@ -132,9 +133,15 @@ def _encode(tokenizer: Any, question: ChoiceQuestion, position: int, most: int) 
     if not all(tails):
         prefix = prefix[:-1]
         tails = tuple(tuple(ids[len(prefix) :]) for ids in whole)
-    surplus = len(prefix) + max(map(len, tails)) - most
+    longest = max(map(len, tails))
+    surplus = len(prefix) + longest - most
     if surplus > 0:
         bos = prefix[:1] if prefix[0] == tokenizer.bos_token_id else []
+        if longest + len(bos) >= most:
+            raise DataError(
+                f"an option of the question {question.body[:60]!r} is {longest} tokens long, and the model knows "
+                f"{most} positions: shorten it, or score the options by their letter"
+            )
         return _Item(position=position, shared=(), body=(*bos, *prefix[surplus + len(bos) :]), tails=tails)
     shared = _common_beginning([ids_of(question.head), prefix[:-1]]) if question.head else []
     return _Item(position=position, shared=tuple(shared), body=tuple(prefix[len(shared) :]), tails=tails)

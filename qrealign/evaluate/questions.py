@@ -117,7 +117,8 @@ def _index_of(answer: Any, options: tuple[str, ...], where: str) -> int:
     plain = str(answer).strip()
     if plain in options and not (plain.isdigit() and isinstance(answer, int)):
         return options.index(plain)
-    index = int(plain) if plain.isdigit() else LETTERS.find(plain.upper()) if len(plain) == 1 else -1
+    number = len(plain) < 10 and plain.isdecimal()  # of "²" and of thousands of digits int() makes none
+    index = int(plain) if number else LETTERS.find(plain.upper()) if len(plain) == 1 else -1
     if isinstance(answer, bool) or not 0 <= index < len(options):
         raise DataError(f"{where} has the answer {answer!r}, which is none of its {len(options)} choices")
     return index

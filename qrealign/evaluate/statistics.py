@@ -62,7 +62,7 @@ def repeated_score(outcomes: Sequence[Sequence[bool]]) -> Score:
     mean = sum(rates) / n
     variance = sum((rate - mean) ** 2 for rate in rates) / max(1, n - 1) / n
     effective = n * seeds if variance == 0 else min(max(mean * (1 - mean) / variance, n), n * seeds)
-    if mean in (0.0, 1.0):
+    if n == 1 or mean in (0.0, 1.0):
         effective = n  # nothing varied, so nothing says that a prompt's tries are independent
     low, high = wilson(mean * effective, effective)
     return Score(value=100 * mean, low=low, high=high, n=n)

@@ -40,7 +40,7 @@ def _run(options: argparse.Namespace) -> int:
             "ordinary": [asdict(alarm) for alarm in alarms],
             "notes": notes,
         }
-        print(json.dumps(value, ensure_ascii=False))
+        print(json.dumps(value))
     else:
         print("\n".join([*_agreement_lines(results), *_alarm_lines(alarms), *_note_lines(notes)]))
     return 0
@@ -55,8 +55,9 @@ def _read_rows(options: argparse.Namespace) -> list[LabelledAnswer]:
     """
     if not options.data and not options.ordinary:
         raise ConfigError("name data to measure on: labelled answers, or --ordinary answers")
-    if options.limit is not None and options.limit < 1:
-        raise ConfigError(f"--limit must be at least 1, got {options.limit}")
+    for flag, value in (("--limit", options.limit), ("--batch-size", options.batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag} must be at least 1, got {value}")
     rows = leave_out(chain.from_iterable(map(read_labelled, options.data)), options.leave_out)
     if options.data and not rows:
         raise ConfigError("--leave-out leaves no labelled answer")

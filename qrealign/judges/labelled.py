@@ -72,13 +72,18 @@ def leave_out(rows: Iterable[LabelledAnswer], excluded: Iterable[str]) -> list[L
     """Return the rows without those of any `SOURCE:LABEL` of `excluded`, where a source also stands for its parts.
 
     Raises:
-        DataError: one of them does not have this form.
+        DataError: one of them does not have this form, or no row is of it.
     """
+    rows = list(rows)
+    sources = {(source, row.label) for row in rows for source in (row.source, row.family)}
     pairs = set()
     for text in excluded:
         source, colon, label = text.rpartition(":")
         if not colon or label not in set(_LABELS.values()):
             raise DataError(f"what is left out is written SOURCE:LABEL with harmful, safe or refusal, got {text!r}")
+        if (source, label) not in sources:
+            there = ", ".join(sorted(":".join(pair) for pair in sources)[:12]) or "none"
+            raise DataError(f"there is no {text} to leave out: the sources with their labels are {there}")
         pairs.add((source, label))
     return [row for row in rows if not {(row.source, row.label), (row.family, row.label)} & pairs]
 

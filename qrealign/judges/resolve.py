@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from qrealign.judges.interface import Judge, RefusalRule
@@ -32,7 +33,7 @@ def open_judge(spec: str, *, device: str = "auto", batch_size: int = 16, progres
 
         return open_endpoint(spec)
     folder = Path(spec).expanduser()
-    if (folder / CLASSIFIER_FILE).is_file():
+    if os.path.isfile(folder / CLASSIFIER_FILE):  # Path.is_file() raises where a name is too long
         from qrealign.judges.classifier import load_classifier
 
         return load_classifier(folder)

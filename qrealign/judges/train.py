@@ -86,7 +86,13 @@ def _fit(rows: Sequence[LabelledAnswer], name: str) -> OfflineJudge:
     features: list[csr_matrix] = []
     for part, spec in PARTS.items():
         vectorizers[part] = TfidfVectorizer(**spec.settings, max_features=MOST_TERMS[part], min_df=2)
-        features.append(vectorizers[part].fit_transform(part_texts(part, prompts, answers)))
+        try:
+            features.append(vectorizers[part].fit_transform(part_texts(part, prompts, answers)))
+        except ValueError as error:  # no terms are left
+            raise DataError(
+                f"the {spec.reads}s hold no {part.partition('_')[2]} that two of them share: give labelled answers "
+                "that are whole texts"
+            ) from error
     regression = LogisticRegression(C=REGULARISATION, class_weight="balanced", max_iter=1000)
     regression.fit(hstack(features).tocsr(), [row.label == "harmful" for row in rows])
     ends = np.cumsum([matrix.shape[1] for matrix in features])[:-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ def find_folder(path_or_id: str, what: str) -> Path:
         ModelError: neither a folder here nor an id that the Hub can give.
     """
     path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir() raises where a name is too long or a folder is closed
         return path.resolve()
-    if path.exists():
+    if os.path.exists(path):
         raise ModelError(f"{what} {path_or_id} is a file: give the folder that holds config.json and the weights")
     if not _HUB_ID.fullmatch(path_or_id):
         raise ModelError(f"{what} {path_or_id} does not exist: give a folder, or a Hub id such as org/name")

@@ -131,11 +131,13 @@ class SafetyProbe:
             )
         try:
             fits = [BlockFit(**block) for block in details.get("blocks", [])]
-        except TypeError as error:
+            hashes = dict(details.get("hashes", {}))
+        except (TypeError, ValueError) as error:
             raise CheckpointFormatError(
-                f"{file.with_suffix('.json')} describes blocks in an unknown way ({error}): fit the probe again"
+                f"{file.with_suffix('.json')} describes blocks or hashes in an unknown way ({error}): fit the probe "
+                "again"
             ) from error
-        return cls(**tensors, fits=fits, hashes=dict(details.get("hashes", {})))
+        return cls(**tensors, fits=fits, hashes=hashes)
 
 
 def _tensor_file(path: Path) -> Path:

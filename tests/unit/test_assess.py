@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from qrealign.assess import suites
+from qrealign.assess import main, suites
 from qrealign.assess.command import build_parser, parse_options
 from qrealign.assess.gate import absolute_verdict, relative_verdict, score_names, title_of
 from qrealign.assess.options import AssessOptions
@@ -174,6 +174,14 @@ def test_the_limit_counts_by_source_and_does_not_depend_on_the_order(tmp_path):
     assert {prompt.text for prompt in first} == {prompt.text for prompt in second}
 
 
+def test_a_question_that_is_given_twice_counts_once(tmp_path):
+    row = {"question": "Why?", "choices": ["a", "b"], "answer": "A"}
+    same = jsonl(tmp_path / "m.jsonl", [row, {**row, "choices": ["a", "c"]}])
+    for by in ("letter", "text"):
+        data, _ = read_data(AssessOptions(multiple_choice=(same, same), choice_by=by))
+        assert [question.answer for question in data.choices] == [0, 0]
+
+
 def test_suites_by_name_go_to_the_hub(monkeypatch):
     asked = []
     monkeypatch.setattr(suites, "read_prompts", lambda spec, role: asked.append((spec, role)) or [])
@@ -248,6 +256,9 @@ def test_every_option_is_a_flag():
         ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1"),
         ({"shots": -1}, "--shots"),
         ({"temperature": -0.1}, "--temperature"),
+        ({"temperature": float("nan")}, "--temperature must be a number, not nan"),
+        ({"max_harmful": float("nan")}, "--max-harmful must be a number, not nan"),
+        ({"max_perplexity": float("inf")}, "--max-perplexity must be a number, not inf"),
         ({"temperature": 0.0, "seeds": 2}, "--seeds 2"),
     ],
 )
@@ -267,7 +278,10 @@ def assessment(against=True):
     other = scores(**GOOD)
     return Assessment(
         model=Column(
-            title="new|model", given="a/new", scores=model, harness={"piqa": {"acc,none": 0.7, "acc_stderr,none": 0.01}}
+            title="new|model <img>",
+            given="a/new",
+            scores=model,
+            harness={"piqa": {"acc,none": 0.7, "acc_stderr,none": 0.01}},
         ),
         other=Column(title="old", given="a/old", scores=other) if against else None,
         verdict=relative_verdict(model, other, "old", NO_FLAGS) if against else absolute_verdict(model, NO_FLAGS),
@@ -289,6 +303,21 @@ def test_standard_output_is_one_column_of_the_report():
     assert value["lm_eval"]["piqa"]["acc,none"] == 0.7
     assert value["verdict"]["passed"] is False and value["verdict"]["conditions"][0]["name"] == "harmful_score"
     assert value["comparison"]["refusal_rate"]["p_value"] == 1.0
+
+
+def test_printed_json_suits_every_terminal(monkeypatch, capsys):
+    found = assessment(against=False)
+    found.model.scores.multiple_choice["caf\u00e9"] = of(40)
+    monkeypatch.setattr(main, "assess", lambda options, say: found)
+    main.main(["--json", "--quiet"])
+    out = capsys.readouterr().out
+    assert out.isascii() and "caf\u00e9" in json.loads(out)["multiple_choice"]
+
+
+@pytest.mark.parametrize("flag", ["--output", "--junit"])
+def test_a_place_that_no_disk_can_hold_is_refused_before_any_work(flag, capsys):
+    assert main.main([flag, "x" * 300]) == 2
+    assert f"error: {flag} xxx" in capsys.readouterr().err
 
 
 def test_everything_else_is_in_the_file():
@@ -318,6 +347,7 @@ def test_a_handful_of_prompts_is_said_to_show_nothing():
 def test_the_document_has_one_row_a_score_and_escapes_names():
     text = markdown(assessment())
     assert "new\\|model" in text and "- max_new_tokens: 32" in text
+    assert "<img>" not in text and text.count("&lt;img&gt;") == 2  # in the heading and in the table
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.replace("\\|", "").count("|") for line in rows}) == 1
 

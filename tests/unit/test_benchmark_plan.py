@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.safety.command import choose_workers
 from benchmarks.safety.corpora import Corpora
-from benchmarks.safety.jobs import cell_options, identity
+from benchmarks.safety.jobs import cell_options, finished, identity
 from benchmarks.safety.plan import SEEDS
 from benchmarks.safety.prompts import evaluation_data, held_pairs, write_benign, write_prefill
 from benchmarks.safety.variants import RECOMMENDED, RECORD, encode_pairs, main, parse_variant, training_pairs
@@ -40,6 +40,16 @@ def test_plain_rounding_is_always_there_and_once_per_scheme(folder):
         "broken/interpolate-w4a4-s3",
     ]
     assert sum("realign" in name for name in names) == 4 and len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3"])
+def test_a_result_of_another_form_is_not_finished(folder, text):
+    plan = plan_of(folder)
+    job = plan.measurements()[0]
+    plan.result_file(job).parent.mkdir(parents=True, exist_ok=True)
+    plan.result_file(job).write_text(text)
+    assert not finished(plan, job)
+    plan.result_file(job).unlink()
 
 
 def test_a_method_with_options_is_a_row_of_its_own(folder):

@@ -32,7 +32,10 @@ def test_another_model_starts_anew_and_says_so(tmp_path):
     assert other.get("answers", "k") is None and "asked anew" in other.note
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"identity": "one", "answers": {}}', "\ud800"])
+BARE = '{"identity": "one", "answers": {"k": {}}, "choices": {}, "numbers": {}}'  # an entry without its value
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"identity": "one", "answers": {}}', "\ud800", BARE])
 def test_a_file_of_something_else_is_replaced(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from qrealign.data.encode import ChatEncoder
-from qrealign.errors import ModelError
+from qrealign.errors import DataError, ModelError
 from qrealign.evaluate import choice
 from qrealign.evaluate.book import AnswerBook
 from qrealign.evaluate.choice import ChoiceQuestion, choose_options
@@ -107,6 +107,12 @@ def test_too_long_questions_lose_their_beginning(encoder):
     long = [question("The end of the question?", [" A", " B"], head="many examples " * 20)]
     assert choose_options(model, encoder, long, AnswerBook(), batch_size=4) in ([0], [1])
     assert max(lengths) <= 40
+
+
+def test_an_option_too_long_for_the_model_is_refused(encoder):
+    model = tiny_model(vocab_size=TOKENIZER_VOCAB, max_position_embeddings=40)
+    with pytest.raises(DataError, match=r"question 'Why.*and the model knows 40 positions: shorten it"):
+        choose_options(model, encoder, [question("Why?", [" no", " so" * 60])], AnswerBook(), batch_size=4)
 
 
 def test_known_choices_are_not_asked_again(encoder):

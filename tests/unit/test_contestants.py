@@ -8,7 +8,7 @@ import torch
 from qrealign.assess import contestants
 from qrealign.assess.contestants import open_contestants
 from qrealign.assess.options import AssessOptions
-from qrealign.errors import ModelError
+from qrealign.errors import ConfigError, ModelError
 from qrealign.files import read_json, write_json
 from qrealign.pack.source import PackedSource
 from qrealign.pipeline.models import ModelPool
@@ -71,5 +71,8 @@ def test_prompts_leave_room_for_the_answer(tmp_path):
     folder = tiny_checkpoint(tmp_path / "model", max_position_embeddings=100)
     (one,) = open_contestants(AssessOptions(model=str(folder), max_new_tokens=20))
     assert one.encoder.max_length == 80
+    assert open_contestants(AssessOptions(model=str(folder), max_new_tokens=68))[0].encoder.max_length == 32
+    with pytest.raises(ConfigError, match=r"--max-new-tokens 300 leaves .*ask for at most 68"):
+        open_contestants(AssessOptions(model=str(folder), max_new_tokens=300))
     (one,) = open_contestants(AssessOptions(model=str(folder), system="Be kind."))
     assert one.encoder.system == "Be kind."

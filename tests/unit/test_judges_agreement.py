@@ -176,6 +176,9 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
     [
         ([], 2, "name data"),
         (["DATA", "--limit", "0"], 2, "at least 1"),
+        (["DATA", "--batch-size", "0"], 2, "--batch-size must be at least 1"),
+        (["DATA", "--leave-out", "typo:safe"], 2, "no typo:safe to leave out: the sources with their labels are one"),
+        (["DATA", "--judge", "x" * 300], 1, "check the name"),
         (["DATA?source=one&label=refusal", "--leave-out", "one:refusal"], 2, "leaves no labelled answer"),
         (["DATA", "--judge", "/no/such/judge"], 1, "check the name"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -144,6 +145,11 @@ def test_damage_is_named(trained, damage, words, tmp_path):
 def test_one_class_alone_cannot_be_trained_on():
     with pytest.raises(DataError, match="0 harmful"):
         train_judge([row for row in rows() if row.label != "harmful"])
+
+
+def test_answers_without_words_cannot_be_trained_on():
+    with pytest.raises(DataError, match="the answers hold no words"):
+        train_judge([replace(row, answer="") for row in rows()])
 
 
 def test_sources_of_one_class_each_have_no_transfer_error():

@@ -70,7 +70,7 @@ def test_rows_give_the_beginning(tmp_path):
 
 
 def test_refusals_alone_are_no_attack(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", [{"prompt": "x", "response": "No.", "label": "refusal"}])
+    path = jsonl(tmp_path / "a.jsonl", [{"prompt": "x", "response": "No.", "label": " Refusal "}])
     with pytest.raises(DataError, match="prefill attack"):
         read_prompts(path, role="prefill")
 

@@ -219,6 +219,7 @@ def test_bad_probe_descriptions_are_named(tmp_path) -> None:
         ("[]", "does not describe a probe"),
         (json.dumps({**good, "num_blocks": 9}), "different probes"),
         (json.dumps({**good, "blocks": [{"x": 1}]}), "unknown way"),
+        (json.dumps({**good, "hashes": ["model"]}), "unknown way"),
     ):
         description.write_text(text)
         with pytest.raises(CheckpointFormatError, match=message):

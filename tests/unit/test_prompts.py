@@ -187,6 +187,13 @@ BAD_FILES = {
     "broken CSV": ("a.csv", b'prompt\n"open', "not a valid CSV file"),
     "broken gzip": ("a.jsonl.gz", b"not gzip", "not a whole gzip file"),
     "cut gzip": ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 50)[:-12], "not a whole gzip file"),
+    "half a character": (
+        "a.jsonl",
+        rb'{"prompt": "a"}' + b"\n" + rb'{"prompt": "cut \ud83d"}',
+        "row 2 .*half a character",
+    ),
+    "deep JSON": ("a.json", b"[" * 100_000, "cannot be read: .*nested too deep"),
+    "long number": ("a.jsonl", b'{"prompt": "a", "label": ' + b"1" * 5000 + b"}", r"cannot be read \(line 1\)"),
     "unknown format": ("a.parquet", b"x", "unknown format"),
     "unknown label": ("a.jsonl", b'{"prompt": "a", "label": "meh"}', "has the label 'meh'"),
     "label missing": ("a.jsonl", b'{"prompt": "a", "label": 1}\n{"prompt": "b"}', "has the label None"),
@@ -207,6 +214,12 @@ def test_bad_files_give_one_clear_sentence(tmp_path: Path, case: str) -> None:
     with pytest.raises(DataError, match=message) as error:
         read_prompts(str(path), role="malicious")
     assert "\n" not in str(error.value)
+
+
+def test_a_name_too_long_for_a_file_is_no_file() -> None:
+    for spec in ("x" * 300, "x" * 300 + ".jsonl?source=one"):
+        with pytest.raises(DataError, match="there is no data file"):
+            read_prompts(spec, role="benign")
 
 
 def test_a_folder_and_an_unknown_role_are_refused(tmp_path: Path) -> None:
@@ -252,6 +265,9 @@ def test_tasks(tmp_path: Path) -> None:
         read_prompts(write(tmp_path / "none.jsonl", [{"prompt": "a"}]), role="task")
     with pytest.raises(DataError, match="no task that can be scored"):
         read_prompts(write(tmp_path / "sst2.jsonl", [{"text": "a", "label": "neutral"}]), role="task")
+    for label in ("\u00b2", "1" * 5000):  # digits that int() refuses
+        with pytest.raises(DataError, match="no task that can be scored"):
+            read_prompts(write(tmp_path / "sst2.jsonl", [{"text": "a", "label": label}]), role="task")
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,8 @@ def test_the_hubs_nested_options(tmp_path):
         ({"answer": 3}, "none of its 3 choices"),
         ({"answer": True}, "none of its 3 choices"),
         ({"answer": None}, "none of its 3 choices"),
+        ({"answer": "\u00b2"}, "none of its 3 choices"),
+        ({"answer": "1" * 5000}, "none of its 3 choices"),
     ],
 )
 def test_unusable_rows_are_named(tmp_path, change, message):

@@ -204,6 +204,7 @@ def refuse(path, error, match, **kwargs):
 
 def test_missing_paths(tmp_path):
     refuse(tmp_path / "nothing", ModelError, "does not exist")
+    refuse(tmp_path / ("x" * 300), ModelError, "does not exist")
     (tmp_path / "file").touch()
     refuse(tmp_path / "file", ModelError, "is a file")
 

@@ -147,6 +147,8 @@ def test_clusters_count_for_what_they_tell():
     assert (interval.low, interval.high) == pytest.approx(wilson(20, 80))
     assert interval.value == 25.0
     assert repeated_score([[True] * 6] * 3) == Score(value=100.0, low=wilson(6, 6)[0], high=100.0, n=6)
+    one = repeated_score([[True], [False], [True]])  # of a single prompt nothing is known but that it is one
+    assert (one.low, one.high) == pytest.approx(wilson(2 / 3, 1))
     with pytest.raises(ValueError):
         repeated_score([[True], [True, False]])
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import pytest
 
 from qrealign.errors import (
@@ -28,6 +31,13 @@ def ending(error: BaseException) -> int:
 def test_a_command_that_ends_by_itself_says_how(result: int) -> None:
     status = exit_status(lambda: result, interrupted="")
     assert status == result and type(status) is int
+
+
+def test_what_standard_output_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
+    assert exit_status(lambda: print("caf\u00e9") or 0, interrupted="") == 0
+    assert raw.getvalue() == b"caf\\xe9\n"
 
 
 @pytest.mark.parametrize("kind", [SchemeError, DataError, CheckpointFormatError, AbsentDeviceError, ResumeError])
