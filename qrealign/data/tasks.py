@@ -29,9 +29,8 @@ class Task:
             return None
         text = str(value).strip()
         if self.classes:
-            if (
-                len(text) < 10 and text.isdecimal() and int(text) < len(self.classes)
-            ):  # int() refuses "²", and very many
+            # int() takes no "²", and no number of thousands of digits
+            if text.isdecimal() and len(text) < 10 and int(text) < len(self.classes):
                 return self.classes[int(text)]
             return next((name for name in self.classes if name.casefold() == text.casefold()), None)
         return final_number(text)
