@@ -187,8 +187,8 @@ def test_impossible_flags_and_places(capsys, tmp_path, tiny):
     assert stop.value.code == 2
 
 
-def test_other_failures_have_another_status(capsys, tiny):
-    assert main([tiny, "--quiet", "--device", "cuda:99"]) == 1
+def test_an_absent_device_is_wrong_input_too(capsys, tiny):
+    assert main([tiny, "--quiet", "--device", "cuda:99"]) == 2
     assert "error: --device" in capsys.readouterr().err
 
 

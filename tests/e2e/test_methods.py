@@ -132,7 +132,7 @@ def test_rtn_is_the_fine_tuned_model_rounded(folders, tmp_path):
 
 def test_a_run_with_another_repair_is_another_run(folders, tmp_path, capsys):
     assert run(folders, tmp_path / "o", "--method", "interpolate") == 0
-    assert run(folders, tmp_path / "o", "--method", "interpolate", "--interpolation", "0.5") == 1
+    assert run(folders, tmp_path / "o", "--method", "interpolate", "--interpolation", "0.5") == 2
     assert "repair.coefficient: 0.25 -> 0.5" in capsys.readouterr().err
 
 
