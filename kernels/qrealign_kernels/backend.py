@@ -106,7 +106,12 @@ def build_info() -> dict[str, str]:
     """Return what this machine can use: "usable" or the reason why not, instruction sets and versions.
 
     "cuda_kernels" is the extension that serves the backend "triton" where its launch tables say so.
+
+    Raises:
+        BackendUnavailableError: QREALIGN_BACKEND or QREALIGN_CPU_ISA names what this machine does not have.
     """
+    if _requested is not None:
+        _require(_requested)
     info = {name: unavailable_reason(name) or "usable" for name in BACKENDS}
     return info | {
         "cuda_kernels": cuda.unavailable_reason() or "usable",

@@ -126,6 +126,12 @@ def test_extension_that_is_missing_or_broken_keeps_its_reason(monkeypatch: pytes
     assert native.load_extension("_C")[1] == "qrealign_kernels._C cannot be loaded: undefined symbol"
 
 
+def test_build_info_refuses_a_choice_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_requested", "fast")
+    with pytest.raises(kernels.BackendUnavailableError, match="unknown backend 'fast'"):
+        kernels.build_info()
+
+
 def test_build_info_names_every_backend() -> None:
     info = kernels.build_info()
     assert set(info) == {
